@@ -1,0 +1,178 @@
+"""Run sipgate_oauth.py as a person does: as a process, with a browser that is an HTTP client."""
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO
+from urllib.parse import parse_qs, urlsplit
+
+import requests
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "sipgate_oauth.py"
+PATIENCE = 30  # seconds after which a test gives up waiting for an event
+
+# What the machine's own environment must not decide: where requests go, and what a browser is.
+FOREIGN = ("PROXY", "BROWSER", "DISPLAY", "CA_BUNDLE", "PYTHON", "NETRC")
+
+
+def free_port() -> int:
+    """Return a port that is free on 127.0.0.1 and, where there is IPv6, on ::1."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port: int = server.getsockname()[1]
+            try:
+                with socket.create_server(("::1", port), family=socket.AF_INET6):
+                    return port
+            except OSError:
+                if not socket.has_ipv6 or not ipv6_works():
+                    return port
+
+
+def ipv6_works() -> bool:
+    """Whether this machine has the loopback address ::1."""
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """Return this process's environment without what would make a test depend on the machine."""
+    kept = {k: v for k, v in os.environ.items() if not any(part in k.upper() for part in FOREIGN)}
+    return {**kept, "HOME": str(home), "USERPROFILE": str(home), "PYTHONUTF8": "1"}
+
+
+class Script:
+    """One run of the script. Use it as a context manager: at the end, the process is gone.
+
+    environment: all of the environment that the process gets
+    python: options of the Python interpreter
+    """
+
+    def __init__(
+        self, *arguments: str, environment: dict[str, str], python: tuple[str, ...] = ()
+    ) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, *python, str(SCRIPT), *arguments],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._out: list[str] = []
+        self._err: list[str] = []
+        self._readers = [
+            self._read(self.process.stdout, self._out),
+            self._read(self.process.stderr, self._err),
+        ]
+
+    def _read(self, stream: IO[str], lines: list[str]) -> threading.Thread:
+        def read() -> None:
+            for line in stream:
+                lines.append(line)
+                self._news.put(None)
+            self._news.put(None)
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        return reader
+
+    @property
+    def stdout(self) -> str:
+        """What the script has printed so far."""
+        return "".join(self._out)
+
+    @property
+    def stderr(self) -> str:
+        """What the script has printed to stderr so far."""
+        return "".join(self._err)
+
+    def until(self, text: str, in_stderr: bool = False) -> str:
+        """Wait until a line of the output holds the text, and return that line."""
+        lines, reader = (
+            (self._err, self._readers[1]) if in_stderr else (self._out, self._readers[0])
+        )
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            ended = not reader.is_alive()
+            for line in list(lines):
+                if text in line:
+                    return line
+            assert not ended, f"ended without {text!r}:\n{self.stdout}\n{self.stderr}"
+            assert time.monotonic() < deadline, f"no {text!r}:\n{self.stdout}\n{self.stderr}"
+            with contextlib.suppress(queue.Empty):
+                self._news.get(timeout=1)
+
+    def url(self) -> str:
+        """Wait for the authorize URL, which stands on a line of its own, and return it."""
+        line = self.until("response_type=code").strip()
+        assert line.startswith("http")
+        return line
+
+    def state(self) -> str:
+        """Wait for the authorize URL, and return the state in it."""
+        return parse_qs(urlsplit(self.url()).query)["state"][0]
+
+    def type(self, text: str) -> None:
+        """Write to the script's stdin."""
+        assert self.process.stdin
+        self.process.stdin.write(text)
+        self.process.stdin.flush()
+
+    def close_stdin(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+
+    def interrupt(self) -> None:
+        """Send what Ctrl+C sends. (Only POSIX can send it to one process alone.)"""
+        self.process.send_signal(signal.SIGINT)
+
+    def status(self) -> int:
+        """Wait for the end of the script, and return its exit status."""
+        status = self.process.wait(PATIENCE)
+        for reader in self._readers:
+            reader.join(PATIENCE)
+        return status
+
+    def __enter__(self) -> "Script":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.status()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            with contextlib.suppress(OSError):  # a script that is gone reads no more
+                stream.close() if stream else None
+
+
+def answer_login_page(url: str, answer: str = "allow") -> str:
+    """Press a button on the sandbox's login page: "allow" or "deny"; return where it leads to."""
+    with requests.Session() as browser:
+        browser.trust_env = False
+        page = browser.get(url, timeout=PATIENCE)
+        assert page.status_code == 200, page.text
+        redirect = browser.post(url, {"answer": answer}, allow_redirects=False, timeout=PATIENCE)
+    return redirect.headers["Location"]
+
+
+def visit(url: str) -> requests.Response:
+    """Open a URL as a browser does, and return the page."""
+    with requests.Session() as browser:
+        browser.trust_env = False
+        return browser.get(url, timeout=PATIENCE)
+
+
+def log_in(script: Script, answer: str = "allow") -> requests.Response:
+    """Log in on the sandbox's page, and return the page that the callback shows."""
+    return visit(answer_login_page(script.url(), answer))
