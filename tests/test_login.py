@@ -1,6 +1,5 @@
 from collections.abc import Callable
 
-import pytest
 from sandbox import Sandbox
 from script import Script, log_in
 
