@@ -193,10 +193,10 @@ def check_callback(target: str, path: str, state: str) -> dict[str, str]:
         pairs = parse_qsl(uri.query, keep_blank_values=True, max_num_fields=100)
     except ValueError:
         raise CallbackRefused(HTTPStatus.BAD_REQUEST, "This address can't be read.") from None
-    parameters = dict(pairs)
+    parameters = {name: value for name, value in pairs if value}  # an empty one counts as left out
     if (uri.path or "/") != (path or "/"):
         raise CallbackRefused(HTTPStatus.NOT_FOUND, "This is not the path of REDIRECT_URI.")
-    if len(parameters) < len(pairs):
+    if len({name for name, _ in pairs}) < len(pairs):
         raise CallbackRefused(HTTPStatus.BAD_REQUEST, "A parameter is there more than once.")
     if not parameters.keys() & {"code", "error", "state"}:
         raise CallbackRefused(HTTPStatus.BAD_REQUEST, "This is no answer to a login.")
@@ -206,7 +206,7 @@ def check_callback(target: str, path: str, state: str) -> dict[str, str]:
     received = parameters.get("state", "").encode(errors="replace")
     if not secrets.compare_digest(received, state.encode()):
         raise CallbackRefused(HTTPStatus.FORBIDDEN, FOREIGN_STATE)
-    if bool(parameters.get("code")) == bool(parameters.get("error")):
+    if ("code" in parameters) == ("error" in parameters):
         raise CallbackRefused(HTTPStatus.BAD_REQUEST, "There should be a code or an error.")
     return parameters
 
@@ -456,10 +456,10 @@ def call(
             proxies={"http": ""},  # http stays within this machine: see ENDPOINT
             **content,
         )
-    except (OSError, ValueError) as error:  # the exceptions of requests are OSErrors
-        advice = next(text for kind, text in NETWORK_ADVICE.items() if isinstance(error, kind))
-        what = f"No answer that can be used from {host}: {root_cause(error)}."
-        raise LoginError(what, advice.format(key=key)) from error
+    except (OSError, ValueError) as failure:  # the exceptions of requests are OSErrors
+        advice = next(text for kind, text in NETWORK_ADVICE.items() if isinstance(failure, kind))
+        what = f"No answer that can be used from {host}: {root_cause(failure)}."
+        raise LoginError(what, advice.format(key=key)) from failure
 
     try:
         answer = json.loads(response.content)
@@ -470,11 +470,12 @@ def call(
     if status == HTTPStatus.OK and isinstance(answer, dict) and "error" not in answer:
         return answer
 
-    reason = describe(answer)
+    error = answer if isinstance(answer, dict) else {"error": "no JSON object"}
+    reason = describe(error)
     sent = {**content.get("data", {}), **content.get("headers", {})}
     for name in SECRETS & sent.keys():  # a server may repeat what it was sent
         reason = reason.replace(sent[name].removeprefix("Bearer "), "***")
-    advice = ADVICE.get(reason.partition(":")[0], CHECK_KEY.format(key=key))
+    advice = ADVICE.get(str(error.get("error")), CHECK_KEY.format(key=key))
     if key == "TEST_API_ENDPOINT" and status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         advice = ADVICE["insufficient_scope"]
     raise LoginError(f"{host} answered {status} {response.reason}: {reason}.", advice)
@@ -506,10 +507,8 @@ TIMEOUT_ADVICE = """Start again; --timeout gives more time. If the login page sh
 If your browser is on another machine: use --paste."""
 
 
-def describe(answer: Any) -> str:
+def describe(answer: dict[str, Any]) -> str:
     """Return the error in an answer or a callback (RFC 6749, sections 4.1.2.1 and 5.2)."""
-    if not isinstance(answer, dict):
-        return "no JSON object"
     texts = (answer.get("error"), answer.get("error_description"))
     return ": ".join(text for text in texts if isinstance(text, str)) or "no reason given"
 
@@ -600,7 +599,7 @@ def log_in(options: argparse.Namespace) -> None:
         if new_tokens.refresh_token == tokens.refresh_token:
             say("   The refresh token is the old one, which stays valid.")
         else:
-            say("   The old access token and refresh token are no longer valid.")
+            say("   At sipgate, the old access token and refresh token are no longer valid.")
         say("   The account again, with the new access token:")
         say(get_account(session, config, new_tokens.access_token))
 
