@@ -1,0 +1,125 @@
+"""A real Keycloak on this computer; sipgate's login server is one too.
+
+    with Keycloak(Path(os.environ["KEYCLOAK_HOME"])) as keycloak: ...
+
+$KEYCLOAK_HOME is the folder that a download from https://www.keycloak.org/downloads was unpacked
+to; it needs Java 17 or later. The realm is in keycloak-realm.json: one client, one user, one scope.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import requests
+
+REALM_FILE = Path(__file__).with_name("keycloak-realm.json")
+REALM: dict[str, Any] = json.loads(REALM_FILE.read_text(encoding="utf-8"))
+(CLIENT,) = REALM["clients"]
+(USER,) = REALM["users"]
+USERNAME, PASSWORD = USER["username"], USER["credentials"][0]["value"]
+ADMIN = {"username": "admin", "password": "admin"}
+START_TIMEOUT = 240  # seconds; 15 is usual, and 40 for the first time, when it builds itself
+
+
+class Keycloak:
+    """Keycloak as a context manager: it serves inside of the `with` block.
+
+    In: home, the folder of the distribution. All that is written there is the build that Keycloak
+    makes at its first start and keeps; the database and the rest end with the block.
+    Out: `url`, `environment()` with the variables for sipgate_oauth.py, and `forget_consent()`.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/auth"
+        self.realm_url = f"{self.url}/realms/{REALM['realm']}"
+        self._http = requests.Session()
+        self._http.trust_env = False  # no proxy is between us
+
+    def environment(self, redirect_uri: str, scope: str = "openid account:read") -> dict[str, str]:
+        """Return the variables for sipgate_oauth.py. Keycloak's own account call is userinfo,
+        which the scope openid opens; redirect_uri may have any port."""
+        endpoints = f"{self.realm_url}/protocol/openid-connect"
+        return {
+            "CLIENT_ID": CLIENT["clientId"],
+            "CLIENT_SECRET": CLIENT["secret"],
+            "OAUTH_SCOPE": scope,
+            "REDIRECT_URI": redirect_uri,
+            "AUTH_URL": f"{endpoints}/auth",
+            "TOKEN_URL": f"{endpoints}/token",
+            "TEST_API_ENDPOINT": f"{endpoints}/userinfo",
+        }
+
+    def forget_consent(self) -> None:
+        """Let the next login ask for consent as the first one does; all tokens end with this."""
+        token_url = f"{self.url}/realms/master/protocol/openid-connect/token"
+        form = {"grant_type": "password", "client_id": "admin-cli", **ADMIN}
+        token = self._http.post(token_url, data=form, timeout=10).json()["access_token"]
+        user = f"{self.url}/admin/realms/{REALM['realm']}/users/{USER['id']}"
+        consent = f"{user}/consents/{CLIENT['clientId']}"
+        headers = {"Authorization": f"Bearer {token}"}
+        response = self._http.delete(consent, headers=headers, timeout=10)
+        assert response.status_code in (204, 404), response.text  # 404: there was none
+
+    def __enter__(self) -> "Keycloak":
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self._http)
+            folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
+            log = folder / "log"
+            process = self._start(folder, log)
+            undo.callback(stop, process)
+            self._wait_until_ready(process, log)
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._undo.close()
+
+    def _start(self, folder: Path, log: Path) -> "subprocess.Popen[bytes]":
+        """Start Keycloak with its home in the folder, so that it keeps its data there."""
+        (folder / "lib").symlink_to(self.home / "lib")  # where it finds its build again
+        imports = folder / "data" / "import"
+        imports.mkdir(parents=True)
+        # The file has to be called after the realm.
+        shutil.copy(REALM_FILE, imports / f"{REALM['realm']}-realm.json")
+        options = ["--import-realm", "--db=dev-mem", "--http-relative-path=/auth"]
+        options += ["--http-host=127.0.0.1", f"--http-port={self.port}", f"-Dkc.home.dir={folder}"]
+        admin = {f"KC_BOOTSTRAP_ADMIN_{key.upper()}": value for key, value in ADMIN.items()}
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                [self.home / "bin" / "kc.sh", "start-dev", *options],
+                env={**os.environ, **admin},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that the shell script and its Java end together
+            )
+
+    def _wait_until_ready(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
+        """Ask for the realm until it is there. Raises RuntimeError with the end of the log."""
+        discovery = f"{self.realm_url}/.well-known/openid-configuration"
+        deadline = time.monotonic() + START_TIMEOUT
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(requests.RequestException):
+                if self._http.get(discovery, timeout=10).ok:
+                    return
+            time.sleep(0.2)
+        lines = log.read_text(errors="replace").splitlines()
+        raise RuntimeError("\n".join(["Keycloak did not start. Its log ends with:", *lines[-20:]]))
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End Keycloak and all that it has started; there is nothing that it would have to save."""
+    with contextlib.suppress(ProcessLookupError):  # it may not even have started
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
