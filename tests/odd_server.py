@@ -1,0 +1,149 @@
+"""A server that answers byte for byte what a test tells it to, and a login against it.
+
+with OddServer() as server:
+    server.answer_at("refresh", b"SSH-2.0-OpenSSH_9.9")
+    error = failed_login(start(**server.environment), server)
+"""
+
+import http.client
+import json
+import re
+import socket
+import socketserver
+import ssl
+import threading
+from collections.abc import Callable
+from email.message import Message
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
+
+from script import PATIENCE, Script, free_port, visit
+
+CLIENT_SECRET, CODE = "sAAAAAAA-client-secret", "cBBBBBBB-code"
+TOKENS: dict[str, Any] = {
+    "access_token": "aCCCCCCC-access-token",
+    "refresh_token": "rDDDDDDD-refresh-token",
+    "token_type": "Bearer",
+    "expires_in": 300,
+}
+NEW_TOKENS = {**TOKENS, "access_token": "aEEEEEEE-new", "refresh_token": "rFFFFFFF-new"}
+SECRETS = {"access_token", "refresh_token", "client_secret", "code", "code_verifier"}
+# The requests of a login: the path, and how many requests come before on the same path.
+STEPS = {
+    "code for tokens": ("/token", 0),
+    "account": ("/account", 0),
+    "refresh": ("/token", 1),
+    "account again": ("/account", 1),
+}
+
+
+class Request(NamedTuple):
+    """A request that came in completely."""
+
+    method: str
+    target: str
+    headers: Message
+    form: dict[str, str]
+    connection: socket.socket
+
+
+Answer = bytes | Callable[[Request], bytes]  # a function may use the connection before
+
+
+def answer(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
+    """A complete answer, after which the connection ends."""
+    lines = (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers)
+    return "\r\n".join((*lines, "", "")).encode() + body
+
+
+def json_answer(content: Any, status: str = "200 OK") -> bytes:
+    return answer(json.dumps(content).encode(), "Content-Type: application/json", status=status)
+
+
+class Handler(socketserver.StreamRequestHandler):
+    server: "OddServer"
+    timeout = PATIENCE
+
+    def handle(self) -> None:
+        first = self.rfile.read(1)
+        if first == b"\x16":  # TLS, which a plain server does not understand
+            self.wfile.write(answer(b"", status="400 Bad Request"))
+            return
+        method, target, _ = (first + self.rfile.readline()).decode().split(" ")
+        headers = http.client.parse_headers(self.rfile)
+        body = self.rfile.read(int(headers.get("Content-Length", 0))).decode()
+        request = Request(method, target, headers, dict(parse_qsl(body)), self.connection)
+        self.server.requests.append(request)
+        answers = self.server.answers[target]
+        said = answers.pop(0) if len(answers) > 1 else answers[0]
+        self.wfile.write(said(request) if callable(said) else said)
+
+
+class OddServer(socketserver.ThreadingTCPServer):
+    """Serves inside of the `with` block, at a free port of 127.0.0.1.
+
+    In: the TLS context, and the host name in its URLs; `answers`, for each path those to the
+    first, second, ... request, of which the last stays. A login works until a test changes them.
+    Out: `environment`, the variables for the script; `requests` and the number of `connections`.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.tls, self.connections, self.requests = tls, 0, list[Request]()
+        self.answers: dict[str, list[Answer]] = {
+            "/token": [json_answer(TOKENS), json_answer(NEW_TOKENS)],
+            "/account": [json_answer({"company": "Odd Ltd"})] * 2,
+        }
+        self.host = f"{host}:{self.server_address[1]}"
+        url = f"http{'s' if tls else ''}://{self.host}"
+        self.environment = {
+            "CLIENT_ID": "client",
+            "CLIENT_SECRET": CLIENT_SECRET,
+            "OAUTH_SCOPE": "account:read",
+            "REDIRECT_URI": f"http://127.0.0.1:{free_port()}/oauth",
+            "AUTH_URL": f"{url}/auth",
+            "TOKEN_URL": f"{url}/token",
+            "TEST_API_ENDPOINT": f"{url}/account",
+        }
+
+    def answer_at(self, step: str, said: Answer) -> None:
+        """Answer so at one of the STEPS and after it, and well before."""
+        path, before = STEPS[step]
+        self.answers[path][before:] = [said]
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections += 1
+        if self.tls:  # the handshake waits for the thread of this connection
+            connection = self.tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+        return connection, address
+
+    def __enter__(self) -> "OddServer":
+        threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+def log_in(script: Script, server: OddServer, answer: str = f"code={CODE}") -> None:
+    """Come back to the script, as the browser does after the login."""
+    visit(f"{server.environment['REDIRECT_URI']}?{answer}&state={script.state()}")
+
+
+def failed_login(script: Script, server: OddServer, answer: str = f"code={CODE}") -> str:
+    """Log in, and return the error of the script: just one, and nothing that is secret."""
+    log_in(script, server, answer)
+    assert script.status() == 1
+    assert script.stderr.startswith("Error: ")
+    assert re.findall("^Error: |Traceback", script.stderr, re.MULTILINE) == ["Error: "]
+    sent = [request.form for request in server.requests]
+    for values in (TOKENS, NEW_TOKENS, *sent):
+        for name in SECRETS & values.keys():
+            assert values[name] not in script.stdout + script.stderr, name
+    return script.stderr
