@@ -14,6 +14,8 @@ the order in which things happen:
 4. Code for tokens  exchange_code   the code becomes an access token and a refresh token
 5. Account          get_account     the access token opens the API
 6. Refresh          refresh_tokens  the refresh token becomes a new pair of tokens
+
+log_in, near the end, takes these steps one after the other.
 """
 
 import argparse
@@ -38,20 +40,22 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote_plus, urlencode, urlsplit
 
 try:
     import requests
     from dotenv import dotenv_values
 except ImportError as missing:
     sys.exit(f"Error: {missing}.\nInstall it with: python -m pip install -r requirements.txt")
+except KeyboardInterrupt:
+    sys.exit(130)
 
 Config = dict[str, str]
 
 
 class LoginError(Exception):
-    """Why the login can't go on: what happened, and where; the advice what to do next; and the
-    exit status of the program, 1 if something failed, 2 if the configuration can't work."""
+    """Why the login can't go on: what happened and where, advice what to do next, and the exit
+    status of the program (1: something failed, 2: the configuration can't work)."""
 
     def __init__(self, what: str, advice: str, exit_status: int = 1) -> None:
         super().__init__(what)
@@ -66,9 +70,10 @@ LOOPBACK = {"localhost": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"], "::1"
 
 HTTP_LOOPBACK = r"http://(localhost|127\.0\.0\.1|\[::1\])"
 # The client secret and the tokens go to the endpoints: in clear text only within this machine.
-ENDPOINT = rf"({HTTP_LOOPBACK}|https://([\w.-]+|\[[\da-f:]+\]))(:\d+)?([/?][^#\\\s]*)?"
+HOST = r"([\w-]+(\.[\w-]+)*\.?|\[[\da-f:]+\])"
+ENDPOINT = rf"({HTTP_LOOPBACK}|https://{HOST})(:\d+)?([/?][^#\\\s]*)?"
 URI_FORMS = {
-    # No dots at the start of a name, no %, no query: the browser returns to it to the letter.
+    # Only what a browser sends back unchanged: no query, no %, no name that starts with a dot.
     "REDIRECT_URI": rf"{HTTP_LOOPBACK}(:\d+)?(/[\w~-][\w.~-]*)*/?",
     "AUTH_URL": ENDPOINT,
     "TOKEN_URL": ENDPOINT,
@@ -84,14 +89,14 @@ def load_config(path: Path) -> Config:
     Raises LoginError (exit status 2) that names every key whose value is missing or can't work.
     """
     from_file: dict[str, str | None] = {}
-    advice = f"Correct it in {path}; config.example.env explains each key."
+    advice = f"Correct it in {path}, or in the environment, which wins. See config.example.env."
     try:
         with path.open(encoding="utf-8-sig") as file:
             # Without interpolation, because a secret may hold a $.
             from_file = dotenv_values(stream=file, interpolate=False)
     except FileNotFoundError:
         advice = (
-            f"There is no {path}: copy config.example.env to config.env and fill it in. "
+            f"There is no {path}: copy config.example.env to this name, and fill it in. "
             "Without a sipgate account, try the sandbox: python tests/sandbox.py"
         )
     except (OSError, UnicodeError) as error:
@@ -117,7 +122,7 @@ def problem_with(key: str, value: str) -> str:
         return ""
     with contextlib.suppress(ValueError):  # from a port above 65535
         matches = re.fullmatch(URI_FORMS[key], value, re.ASCII | re.IGNORECASE)
-        if matches and urlsplit(value).port != 0:
+        if matches and value.isascii() and urlsplit(value).port != 0:
             return ""
     if key == "REDIRECT_URI":
         return "should look like http://localhost:8080/oauth, with a port from 1 to 65535"
@@ -161,7 +166,7 @@ def open_browser(url: str) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "TERM": ""},  # without a TERM, it offers no text browser
-            start_new_session=True,  # with no /dev/tty, and out of reach of Ctrl+C; not on Windows
+            start_new_session=True,  # no /dev/tty, and no Ctrl+C from here (not on Windows)
         )
 
 
@@ -201,14 +206,44 @@ def check_callback(target: str, path: str, state: str) -> dict[str, str]:
     if not parameters.keys() & {"code", "error", "state"}:
         raise CallbackRefused(HTTPStatus.BAD_REQUEST, "This is no answer to a login.")
     # Without this, any web page could send a code here, and log this program in to the account of
-    # somebody else (RFC 6749, section 10.12). The time of the comparison does not tell how much
-    # of a guess was right; it takes bytes, because text may be non-ASCII.
+    # somebody else (RFC 6749, section 10.12). In constant time, so that a guess learns nothing;
+    # as bytes, because compare_digest takes no non-ASCII text.
     received = parameters.get("state", "").encode(errors="replace")
     if not secrets.compare_digest(received, state.encode()):
         raise CallbackRefused(HTTPStatus.FORBIDDEN, FOREIGN_STATE)
     if ("code" in parameters) == ("error" in parameters):
         raise CallbackRefused(HTTPStatus.BAD_REQUEST, "There should be a code or an error.")
     return parameters
+
+
+def await_callback(callbacks: queue.SimpleQueue[dict[str, str]], timeout: float) -> dict[str, str]:
+    """Return the parameters of the first callback; timeout: seconds. Raises LoginError."""
+    try:
+        return callbacks.get(timeout=timeout)
+    except queue.Empty:
+        raise LoginError(f"No callback came in {timeout:g} seconds.", TIMEOUT_ADVICE) from None
+
+
+def ask_for_callback(redirect_uri: str, state: str) -> dict[str, str]:
+    """Ask for the address that the browser was sent to, until it is the callback of this login,
+    and return its parameters. Raises LoginError when the input ends."""
+    while True:
+        say("   Paste the address that your browser was sent to, and press Enter:")
+        line = ""
+        with contextlib.suppress(OSError):  # from a terminal that is gone
+            line = sys.stdin.readline() if sys.stdin else ""
+        if not line:
+            raise LoginError("The input ended before the callback.", "Start again, and paste it.")
+        address = line.strip(" \t\r\n\"'")
+        if "://" not in address:  # which some browsers do not show
+            address = f"http://{address}"
+        try:
+            return check_callback(address, urlsplit(redirect_uri).path, state)
+        except CallbackRefused as refused:
+            warn(f"{refused.args[1]}\nAfter the login, copy all that the address bar shows.")
+
+
+# How it listens: a server that waits on the loopback interface for what check_callback accepts.
 
 
 class Login(NamedTuple):
@@ -225,11 +260,11 @@ class CallbackHandler(BaseHTTPRequestHandler):
 
     server: "CallbackServer"
     timeout = 5  # seconds that a connection may be silent
-    default_request_version = "HTTP/1.0"  # so that nonsense gets a status line too
 
     def do_GET(self) -> None:
         login = self.server.login
-        if len(self.requestline.split()) != 3:  # cut off, and the code with it
+        if self.requestline.split()[2:] not in (["HTTP/1.0"], ["HTTP/1.1"]):
+            # Without its version, the line is cut off, and perhaps the code with it.
             return self.send_error(HTTPStatus.BAD_REQUEST)
         try:
             callback = check_callback(self.path, login.path, login.state)
@@ -259,6 +294,7 @@ class CallbackHandler(BaseHTTPRequestHandler):
             f"<title>{title}</title><style>body {{ font: 1.2em sans-serif; margin: 3em }}</style>"
             f"<h1>{title}</h1><p>{text}</p><p>The terminal goes on from here.</p></html>"
         ).encode(errors="replace")
+        self.request_version = "HTTP/1.0"  # so that even nonsense gets a status line
         self.send_response(status)
         for name, value in {**PAGE_HEADERS, "Content-Length": str(len(page))}.items():
             self.send_header(name, value)
@@ -270,6 +306,7 @@ class CallbackHandler(BaseHTTPRequestHandler):
         """Read what is still to come: closing before that would reset the connection, and take
         the page away from the browser."""
         super().finish()
+        self.connection.settimeout(1)  # seconds
         self.connection.shutdown(socket.SHUT_WR)
         while self.connection.recv(65536):
             pass
@@ -284,7 +321,8 @@ class CallbackServer(socketserver.ThreadingTCPServer):
 
     daemon_threads = True  # the end of the program does not wait for them either
     request_queue_size = 128  # connections
-    allow_reuse_address = sys.platform != "win32"  # where a second program could use the port too
+    # On Windows, this would let a second program take the port; server_bind keeps it out.
+    allow_reuse_address = sys.platform != "win32"
 
     def __init__(self, address: str, port: int, login: Login) -> None:
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -292,7 +330,7 @@ class CallbackServer(socketserver.ThreadingTCPServer):
         super().__init__((address, port), CallbackHandler)
 
     def server_bind(self) -> None:
-        if sys.platform == "win32":  # where it could do so even then
+        if sys.platform == "win32":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         super().server_bind()
 
@@ -301,8 +339,8 @@ class CallbackServer(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep quiet about a connection that breaks: anybody can break one."""
-        if not isinstance(sys.exc_info()[1], OSError):
+        """Keep quiet about a connection that breaks, or is one too many: anybody can do that."""
+        if not isinstance(sys.exc_info()[1], (OSError, RuntimeError)):
             super().handle_error(request, client_address)
 
 
@@ -310,6 +348,7 @@ class CallbackServer(socketserver.ThreadingTCPServer):
 def callback_server(redirect_uri: str, state: str) -> Iterator[queue.SimpleQueue[dict[str, str]]]:
     """Serve the redirect URI on all addresses of its host, and yield where callbacks arrive.
 
+    It begins before the browser is sent off, and ends with the callback (RFC 8252, section 8.3).
     Raises LoginError if an address can't be had: the browser might take the callback there.
     """
     uri = urlsplit(redirect_uri)
@@ -332,61 +371,60 @@ def callback_server(redirect_uri: str, state: str) -> Iterator[queue.SimpleQueue
             threading.Thread(target=server.stop).start()
 
 
-def await_callback(callbacks: queue.SimpleQueue[dict[str, str]], timeout: float) -> dict[str, str]:
-    """Return the parameters of the first callback; timeout: seconds. Raises LoginError."""
-    try:
-        return callbacks.get(timeout=timeout)
-    except queue.Empty:
-        raise LoginError(f"No callback came in {timeout:g} seconds.", TIMEOUT_ADVICE) from None
-
-
-def ask_for_callback(redirect_uri: str, state: str) -> dict[str, str]:
-    """Ask for the address that the browser was sent to, until it is the callback of this login,
-    and return its parameters. Raises LoginError when the input ends."""
-    while True:
-        say("   Paste the address that your browser was sent to, and press Enter:")
-        line = sys.stdin.readline() if sys.stdin else ""
-        if not line:
-            raise LoginError("The input ended before the callback.", "Start again, and paste it.")
-        try:
-            return check_callback(line.strip(" \t\r\n\"'"), urlsplit(redirect_uri).path, state)
-        except CallbackRefused as refused:
-            warn(f"{refused.args[1]}\nAfter the login, copy all that the address bar shows.")
-
-
 # --- 4. Code for tokens ---------------------------------------------------------------------------
+
+
+class Client:
+    """What all requests share: the configuration, a session, so that each host gets one
+    connection, and the secrets that were sent, which no message may repeat."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.secrets: set[str] = set()
+        self.session = requests.Session()
+        # With no auth at all, requests would put a password from ~/.netrc in the token's place.
+        self.session.auth = lambda request: request
+
+    def host(self, key: str) -> str:
+        return urlsplit(self.config[key]).netloc
 
 
 class Tokens(NamedTuple):
     access_token: str
     refresh_token: str | None
-    expires_in: int | None  # seconds that the access token lives
+    expires_in: int | None  # seconds that the access token lives, if the server says so
 
 
-def exchange_code(
-    session: requests.Session, config: Config, code: str, code_verifier: str
-) -> Tokens:
+def exchange_code(client: Client, code: str, code_verifier: str) -> Tokens:
     """Exchange the authorization code for tokens (RFC 6749, section 4.1.3). Raises LoginError.
 
-    To a thief the code is worth nothing: the client secret shows which client is asking, and the
-    code verifier that it is the one that began this login (RFC 7636, section 4.5).
+    To a thief the code is worth nothing: the code verifier shows that it is the program that began
+    this login that asks (RFC 7636, section 4.5).
+    """
+    return request_tokens(
+        client,
+        grant_type="authorization_code",
+        code=code,
+        code_verifier=code_verifier,
+        redirect_uri=client.config["REDIRECT_URI"],
+    )
+
+
+def request_tokens(client: Client, **grant: str) -> Tokens:
+    """Ask the token endpoint for tokens (RFC 6749, section 5.1). Raises LoginError.
+
+    The client secret shows which client is asking (RFC 6749, section 2.3.1). It is only a secret
+    as long as this program stays with you: never hand it out to others (RFC 8252, section 8.5).
     """
     form = {
-        "grant_type": "authorization_code",
-        "code": code,
-        "code_verifier": code_verifier,
-        "redirect_uri": config["REDIRECT_URI"],
-        "client_id": config["CLIENT_ID"],
-        "client_secret": config["CLIENT_SECRET"],
+        **grant,
+        "client_id": client.config["CLIENT_ID"],
+        "client_secret": client.config["CLIENT_SECRET"],
     }
-    return read_tokens(call(session, "POST", config, "TOKEN_URL", data=form), config)
-
-
-def read_tokens(answer: dict[str, Any], config: Config) -> Tokens:
-    """Check what the token endpoint sent (RFC 6749, section 5.1). Raises LoginError."""
+    answer = call(client, "POST", "TOKEN_URL", data=form)
     access_token, refresh_token = answer.get("access_token"), answer.get("refresh_token")
     if not is_token(access_token) or str(answer.get("token_type")).lower() != "bearer":
-        what = f"{urlsplit(config['TOKEN_URL']).netloc} sent no bearer token that can be used."
+        what = f"{client.host('TOKEN_URL')} sent no bearer token that can be used."
         raise LoginError(what, CHECK_KEY.format(key="TOKEN_URL"))
     expires_in = answer.get("expires_in")
     if type(expires_in) is not int or not 0 < expires_in < 10**9:
@@ -395,39 +433,33 @@ def read_tokens(answer: dict[str, Any], config: Config) -> Tokens:
 
 
 def is_token(value: object) -> TypeGuard[str]:
-    """Whether a value can be sent as a token: printable ASCII (RFC 6749, appendix A.12)."""
+    """Whether a value can be sent as a token: printable ASCII (RFC 6749, A.12 and A.17)."""
     return isinstance(value, str) and value != "" and value.isascii() and value.isprintable()
 
 
 # --- 5. Account -----------------------------------------------------------------------------------
 
 
-def get_account(session: requests.Session, config: Config, access_token: str) -> str:
+def get_account(client: Client, access_token: str) -> str:
     """Return the account, as JSON, which the access token opens (RFC 6750, section 2.1).
 
     Raises LoginError.
     """
     headers = {"Authorization": f"Bearer {access_token}", "Accept": "application/json"}
-    account = call(session, "GET", config, "TEST_API_ENDPOINT", headers=headers)
+    account = call(client, "GET", "TEST_API_ENDPOINT", headers=headers)
     return json.dumps(account, indent=2, ensure_ascii=False)
 
 
 # --- 6. Refresh -----------------------------------------------------------------------------------
 
 
-def refresh_tokens(session: requests.Session, config: Config, refresh_token: str) -> Tokens:
+def refresh_tokens(client: Client, refresh_token: str) -> Tokens:
     """Exchange the refresh token for new tokens (RFC 6749, section 6). Raises LoginError.
 
-    The old pair ends with this: if a thief has it too, one of the two is soon refused, and the
-    theft is found out (RFC 9700, section 4.14.2).
+    sipgate ends the old pair with this: if a thief has it too, one of the two is soon refused, and
+    the theft is found out (RFC 9700, section 4.14.2).
     """
-    form = {
-        "grant_type": "refresh_token",
-        "refresh_token": refresh_token,
-        "client_id": config["CLIENT_ID"],
-        "client_secret": config["CLIENT_SECRET"],
-    }
-    tokens = read_tokens(call(session, "POST", config, "TOKEN_URL", data=form), config)
+    tokens = request_tokens(client, grant_type="refresh_token", refresh_token=refresh_token)
     # If there is no new refresh token, the old one stays.
     return tokens._replace(refresh_token=tokens.refresh_token or refresh_token)
 
@@ -438,28 +470,27 @@ REQUEST_TIMEOUT = 10  # seconds to connect, and seconds of silence during an ans
 SECRETS = {"client_secret", "code", "code_verifier", "refresh_token", "Authorization"}
 
 
-def call(
-    session: requests.Session, method: str, config: Config, key: str, **content: Any
-) -> dict[str, Any]:
+def call(client: Client, method: str, key: str, **content: dict[str, str]) -> dict[str, Any]:
     """Send a request to the URL of a configuration key, and return the JSON object it answers.
 
-    content: the data or headers that requests sends
-    Raises LoginError for each other answer, and for none.
+    content: the data or the headers that requests sends
+    Raises LoginError if there is no answer, or any other.
     """
-    host = urlsplit(config[key]).netloc
+    sent = {name: value for part in content.values() for name, value in part.items()}
+    client.secrets.update(sent[name].removeprefix("Bearer ") for name in SECRETS & sent.keys())
+    arguments: dict[str, Any] = {
+        **content,
+        "timeout": REQUEST_TIMEOUT,
+        "allow_redirects": False,  # the secret and the token are for this URL alone
+        "proxies": {"http": ""},  # http stays within this machine: see ENDPOINT
+    }
+    host = client.host(key)
     try:
-        response = session.request(
-            method,
-            config[key],
-            timeout=REQUEST_TIMEOUT,
-            allow_redirects=False,  # the secret and the token are for this URL alone
-            proxies={"http": ""},  # http stays within this machine: see ENDPOINT
-            **content,
-        )
-    except (OSError, ValueError) as failure:  # the exceptions of requests are OSErrors
-        advice = next(text for kind, text in NETWORK_ADVICE.items() if isinstance(failure, kind))
-        what = f"No answer that can be used from {host}: {root_cause(failure)}."
-        raise LoginError(what, advice.format(key=key)) from failure
+        response = client.session.request(method, client.config[key], **arguments)
+    except Exception as failure:  # an odd proxy or answer raises more than RequestException
+        what = f"No answer that can be used from {host}: {root_cause(failure)}"
+        advice = TLS_ADVICE if isinstance(failure, requests.exceptions.SSLError) else NETWORK_ADVICE
+        raise LoginError(hide(what, client.secrets), advice.format(key=key)) from failure
 
     try:
         answer = json.loads(response.content)
@@ -471,14 +502,20 @@ def call(
         return answer
 
     error = answer if isinstance(answer, dict) else {"error": "no JSON object"}
-    reason = describe(error)
-    sent = {**content.get("data", {}), **content.get("headers", {})}
-    for name in SECRETS & sent.keys():  # a server may repeat what it was sent
-        reason = reason.replace(sent[name].removeprefix("Bearer "), "***")
+    what = f"{host} answered {status} {response.reason}: {describe(error)}"
     advice = ADVICE.get(str(error.get("error")), CHECK_KEY.format(key=key))
     if key == "TEST_API_ENDPOINT" and status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         advice = ADVICE["insufficient_scope"]
-    raise LoginError(f"{host} answered {status} {response.reason}: {reason}.", advice)
+    raise LoginError(hide(what, client.secrets), advice)
+
+
+def hide(text: str, secrets_sent: set[str]) -> str:
+    """Return the text without secrets: an error may repeat what was sent, as it is or as the form
+    encodes it, or a proxy's password. (What is under 8 characters may be a common word.)"""
+    for secret in secrets_sent:
+        if len(secret) >= 8:
+            text = text.replace(secret, "***").replace(quote_plus(secret), "***")
+    return re.sub(r"//[^/\s]*@", "//***@", text)
 
 
 # --- What the person sees -------------------------------------------------------------------------
@@ -493,12 +530,10 @@ ADVICE = {
     "unauthorized_client": "Check CLIENT_ID and CLIENT_SECRET against console.sipgate.com.",
 }
 CHECK_KEY = "Check {key} in the configuration. If it is right, try again later."
-NETWORK_ADVICE = {  # the first that fits
-    requests.exceptions.ProxyError: "Check the proxy that HTTPS_PROXY names.",
-    requests.exceptions.SSLError: "Check {key}. If a company's proxy signs the traffic, let "
-    "REQUESTS_CA_BUNDLE name the file with its certificate.",
-    Exception: "Check {key} and the network connection, and try again.",
-}
+NETWORK_ADVICE = """Check {key} and the network connection, and try again. If HTTPS_PROXY or
+REQUESTS_CA_BUNDLE are set in the environment, check them too."""
+TLS_ADVICE = """Check {key}. If a company's proxy signs the traffic, let REQUESTS_CA_BUNDLE name the
+file with its certificate."""
 PORT_ADVICE = """Stop the program that uses the port, or choose another port above 1023 in
 REDIRECT_URI, and add that URI to your client at console.sipgate.com."""
 TIMEOUT_ADVICE = """Start again; --timeout gives more time. If the login page showed an error:
@@ -515,7 +550,7 @@ def describe(answer: dict[str, Any]) -> str:
 
 def root_cause(error: BaseException) -> str:
     """Return the text of the exception that all others wrap, such as "Connection refused"."""
-    while cause := error.__cause__ or error.__context__:
+    while cause := error.__cause__ if error.__suppress_context__ else error.__context__:
         error = cause
     return str(error) or type(error).__name__
 
@@ -534,17 +569,18 @@ def in_words(seconds: int) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds // length} {unit}"
-    return f"{seconds} seconds"
+    return f"{seconds} seconds" if seconds > 1 else "1 second"
 
 
 def printable(text: str) -> str:
-    """Return the text with JSON's escape for whatever could steer a terminal: all but line breaks
-    that is a control character, a bidirectional override, a lone surrogate."""
+    """Escape, as JSON does, each character that could steer a terminal: control characters,
+    bidirectional overrides, lone surrogates. Line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def say(text: str) -> None:
-    """Print to stdout, at once even into a pipe. Raises OSError if it is closed or full."""
+    """Print to stdout, at once even into a pipe. Raises OSError if its reader is gone or the
+    disk is full."""
     print(printable(text), flush=True)
 
 
@@ -581,27 +617,27 @@ def log_in(options: argparse.Namespace) -> None:
         advice = ADVICE.get(callback["error"], "Start again. If it stays, ask sipgate's support.")
         raise LoginError(f"The login was refused: {describe(callback)}.", advice)
 
-    with requests.Session() as session:  # one for all requests: each host gets one connection
-        session.auth = lambda request: request  # else requests looks for another in ~/.netrc
+    client = Client(config)
+    with client.session:
         say("4. Code for tokens: the state is ours, the code is exchanged")
-        tokens = exchange_code(session, config, callback["code"], code_verifier)
+        tokens = exchange_code(client, callback["code"], code_verifier)
         show_tokens(tokens, options.show_tokens)
 
         say(f"5. Account: what the access token opens at {config['TEST_API_ENDPOINT']}")
-        say(get_account(session, config, tokens.access_token))
+        say(get_account(client, tokens.access_token))
 
         say("6. Refresh: the refresh token is exchanged")
         if not tokens.refresh_token:
-            what = f"{urlsplit(config['TOKEN_URL']).netloc} sent no refresh token."
+            what = f"{client.host('TOKEN_URL')} sent no refresh token"
             raise LoginError(what, "There is nothing to refresh: log in again when it is needed.")
-        new_tokens = refresh_tokens(session, config, tokens.refresh_token)
+        new_tokens = refresh_tokens(client, tokens.refresh_token)
         show_tokens(new_tokens, options.show_tokens)
         if new_tokens.refresh_token == tokens.refresh_token:
             say("   The refresh token is the old one, which stays valid.")
         else:
             say("   At sipgate, the old access token and refresh token are no longer valid.")
         say("   The account again, with the new access token:")
-        say(get_account(session, config, new_tokens.access_token))
+        say(get_account(client, new_tokens.access_token))
 
 
 def parse_options() -> argparse.Namespace:
@@ -626,15 +662,21 @@ def duration(text: str) -> float:
     return float(text)
 
 
-def run(options: argparse.Namespace) -> int:
+def run() -> int:
     """Log in, and return the exit status."""
     try:
-        log_in(options)
+        try:
+            log_in(parse_options())
+        finally:
+            if sys.stdout:  # one that is closed is None
+                sys.stdout.flush()
+    except SystemExit as end:  # from argparse
+        return int(end.code or 0)
     except LoginError as error:
-        what = " ".join(error.what.split())[:500]  # a server may have put anything into it
-        warn(f"Error: {what}\n{error.advice}")
+        what = " ".join(error.what.split())[:500].rstrip(".")  # a server may have sent anything
+        warn(f"Error: {what}.\n{error.advice}")
         return error.exit_status
-    except OSError as error:  # of stdout: all others have become a LoginError
+    except OSError as error:  # from stdout: all others have become a LoginError
         # What it still has to write must not fail again at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # which only says that "| head" has enough
@@ -647,15 +689,14 @@ def main() -> int:
     """Run the login in a thread of its own, and return the exit status.
 
     Ctrl+C only ever interrupts the main thread, and not while that looks up the name of a host
-    or, on Windows, waits for a socket. So here it does nothing else.
+    or, on Windows, waits for a socket. So the main thread only waits.
     """
     for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):  # one that is closed is None
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     statuses: list[int] = []
+    thread = threading.Thread(target=lambda: statuses.append(run()), daemon=True)
     try:
-        options = parse_options()
-        thread = threading.Thread(target=lambda: statuses.append(run(options)), daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(0.5)  # seconds, because Windows does not interrupt this either

@@ -277,7 +277,7 @@ def page(body: str, status: int = 200) -> Response:
     return Response(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Sandbox</title>'
         '<meta name="viewport" content="width=device-width">'
-        '<meta name="color-scheme" content="light dark">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
         "<style>body { font: 1.1rem/1.5 system-ui, sans-serif; max-width: 32rem;"
         " margin: 4rem auto; padding: 0 1rem } button { font: inherit; padding: .4rem 1.6rem }"
         f"</style></head><body>{body}</body></html>",
@@ -504,7 +504,8 @@ def main() -> int:
                 f"Sandbox: a stand-in for sipgate, at {sandbox.url}. No account is needed.",
                 flush=True,
             )
-            return run_script(sys.argv[1:], sandbox.environment)
+            # The environment has it all: no config.env of the person's gets in the way.
+            return run_script(["--config", os.devnull, *sys.argv[1:]], sandbox.environment)
     except KeyboardInterrupt:
         return 130
 

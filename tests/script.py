@@ -68,7 +68,8 @@ class Script:
             encoding="utf-8",
             errors="surrogateescape",
         )
-        assert self.process.stdin and self.process.stdout and self.process.stderr
+        assert self.process.stdout
+        assert self.process.stderr
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._out: list[str] = []
         self._err: list[str] = []

@@ -227,8 +227,8 @@ def test_the_licenses_are_those_that_the_libraries_state() -> None:
         name = re.split("[<>=]", library)[0]
         metadata = importlib.metadata.metadata(name)
         stated[name] = metadata["License-Expression"] or metadata["License"]
-    table = rows(section("### License"))
-    assert {re.sub(r"\[(.*)\].*", r"\1", row[0]): row[1] for row in table} == stated
+    named = re.findall(r"\[([\w-]+)\]\(\S+\) \(([\w.-]+)\)", section("### License"))
+    assert dict(named) == stated
 
 
 # --- Links ----------------------------------------------------------------------------------------

@@ -243,12 +243,6 @@ def test_a_netrc_does_not_get_in_the_way(start: Start, tmp_path: Path) -> None:
     expect_a_login(start())
 
 
-def test_settings_for_other_flask_programs_do_not_get_in_the_way(start: Start) -> None:
-    expect_a_login(
-        start(FLASK_DEBUG="1", FLASK_ENV="development", FLASK_APP="mine", WERKZEUG_RUN_MAIN="true")
-    )
-
-
 def test_a_terminal_without_utf_8_does_not_get_in_the_way(start: Start) -> None:
     script = start(PYTHONUTF8="0", PYTHONIOENCODING="ascii")
     log_in(script)

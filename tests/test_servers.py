@@ -210,10 +210,12 @@ def test_nothing_switches_the_verification_off(
 ) -> None:
     with tls_server(ca) as server:
         error = failed_login(start(**server.environment, **case), server)
-        assert "certificate verify failed" in error
-        assert server.host in error
-        assert "TOKEN_URL" in error
-        assert "REQUESTS_CA_BUNDLE" in error
+        what, _, to_do = error.partition("\n")
+        assert "certificate verify failed" in what
+        assert server.host in what
+        assert "TOKEN_URL" in to_do
+        assert "REQUESTS_CA_BUNDLE" in to_do
+        assert "certificate" in to_do
         assert server.requests == []
 
 
@@ -459,6 +461,7 @@ def test_an_odd_answer_is_one_error(server: OddServer, start: Start, step: str, 
         + b"%x;odd=1\r\n%s\r\n0\r\nX-Odd: 1\r\n\r\n" % (len(GOOD), GOOD),
         "a body that the end of the connection ends": b"HTTP/1.0 200 OK\r\n\r\n" + GOOD,
         "an unknown charset": answer(GOOD, "Content-Type: application/json; charset=klingon"),
+        "a name twice": answer(b'{"token_type": "MAC", ' + GOOD[1:]),
         "odd cookies": answer(GOOD, "Set-Cookie: a=b; Max-Age=9e999", "Set-Cookie: ;;=\x01;"),
         "more than is needed": json_answer({**TOKENS, "scope": None, "": [float("nan"), "\ud800"]}),
     }
@@ -472,7 +475,7 @@ def test_an_unusual_answer_is_good_enough(server: OddServer, start: Start, case:
     assert script.stderr == ""
 
 
-@pytest.mark.parametrize("depth", [900, 985, 986, 1200])
+@pytest.mark.parametrize("depth", [900, 985, 990, 1200])
 def test_nesting_that_python_can_just_read_shows_an_account_or_one_error(
     server: OddServer, start: Start, depth: int
 ) -> None:
