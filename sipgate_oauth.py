@@ -70,7 +70,7 @@ LOOPBACK = {"localhost": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"], "::1"
 
 HTTP_LOOPBACK = r"http://(localhost|127\.0\.0\.1|\[::1\])"
 # The client secret and the tokens go to the endpoints: in clear text only within this machine.
-HOST = r"([\w-]+(\.[\w-]+)*\.?|\[[\da-f:]+\])"
+HOST = r"([\w-]+(\.[\w-]+)*\.?|\[::1\])"
 ENDPOINT = rf"({HTTP_LOOPBACK}|https://{HOST})(:\d+)?([/?][^#\\\s]*)?"
 URI_FORMS = {
     # Only what a browser sends back unchanged: no query, no %, no name that starts with a dot.

@@ -1,7 +1,6 @@
 """The configuration and the options: where they come from, and what is said of those that can't
 work. What is wrong with them is told before anything else happens, and with exit status 2."""
 
-import os
 import re
 import shutil
 import socket
@@ -249,16 +248,6 @@ def test_a_file_is_no_folder(start: Start, tmp_path: Path) -> None:
     assert str(file) in expect_wrong_configuration(start("--config", str(file)))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other ways to keep a file secret")
-@pytest.mark.skipif(
-    sys.platform != "win32" and os.geteuid() == 0, reason="nothing can be kept secret from root"
-)
-def test_a_file_that_may_not_be_read_is_named(start: Start, tmp_path: Path) -> None:
-    file = write(tmp_path / "config.env")
-    file.chmod(0)
-    assert str(file) in expect_wrong_configuration(start("--config", str(file)))
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="on Windows, not everybody may make links")
 def test_a_file_that_nobody_can_read_is_named(start: Start, tmp_path: Path) -> None:
     file = tmp_path / "config.env"
@@ -387,7 +376,7 @@ def test_a_redirect_uri_that_could_not_work_is_refused(
 
 
 @pytest.mark.parametrize("key", ENDPOINTS)
-@pytest.mark.parametrize("form", ["{}?a=b", "{}?", "{}?a=b%20c&d=%C3%A9", "{}?a=ü"])
+@pytest.mark.parametrize("form", ["{}?a=b", "{}?", "{}?a=b%20c&d=%C3%A9"])
 def test_an_endpoint_that_has_a_query_works(
     sandbox: Sandbox, start: Start, key: str, form: str
 ) -> None:
@@ -416,8 +405,6 @@ def test_an_endpoint_on_this_computer_works_without_tls(
         "https://some_host-1.example/",
         "https://host/",
         "https://192.0.2.1/auth",
-        "https://[2001:db8::1]/auth",
-        "https://[2001:DB8::1]:8443/auth",
         "https://[::1]/auth",
         "http://[::1]:8081/auth",
     ],
@@ -458,12 +445,14 @@ def test_an_endpoint_of_this_form_is_accepted(tmp_path: Path, key: str, url: str
         "https://login.example.com:65536/auth",
         "https://login.example.com:https/auth",
         "https://löwe.example.com/auth",
+        "https://login.example.com/löwe",
         "https://login%2eexample.com/auth",
         "https://*.example.com/auth",
         "https://.example.com/auth",
         "https://login..example.com/auth",
         "https://./auth",
         "https://[::1/auth",
+        "https://[2001:db8::1]/auth",
         "https://[1:2]/auth",
         "https://[::::]/auth",
         "https://[fe80::1%25eth0]/auth",
