@@ -89,14 +89,16 @@ def load_config(path: Path) -> Config:
     Raises LoginError (exit status 2) that names every key whose value is missing or can't work.
     """
     from_file: dict[str, str | None] = {}
+    what = "The configuration does not work"
     advice = f"Correct it in {path}, or in the environment, which wins. See config.example.env."
     try:
         with path.open(encoding="utf-8-sig") as file:
             # Without interpolation, because a secret may hold a $.
             from_file = dotenv_values(stream=file, interpolate=False)
     except FileNotFoundError:
+        what = f"There is no {path}, and without it the configuration does not work"
         advice = (
-            f"There is no {path}: copy config.example.env to this name, and fill it in. "
+            "Copy config.example.env to this name, and fill it in. "
             "Without a sipgate account, try the sandbox: python tests/sandbox.py"
         )
     except (OSError, UnicodeError) as error:
@@ -105,8 +107,7 @@ def load_config(path: Path) -> Config:
     config = {key: os.environ.get(key, from_file.get(key)) or "" for key in KEYS}
     problems = [f"{key} {problem}" for key in KEYS if (problem := problem_with(key, config[key]))]
     if problems:
-        what = f"The configuration does not work: {'; '.join(problems)}."
-        raise LoginError(what, advice, exit_status=2)
+        raise LoginError(f"{what}: {'; '.join(problems)}.", advice, exit_status=2)
     return config
 
 
@@ -240,7 +241,10 @@ def ask_for_callback(redirect_uri: str, state: str) -> dict[str, str]:
         try:
             return check_callback(address, urlsplit(redirect_uri).path, state)
         except CallbackRefused as refused:
-            warn(f"{refused.args[1]}\nAfter the login, copy all that the address bar shows.")
+            warn(
+                f"{refused.args[1]}\nOpen the URL above, log in, and copy the whole address that "
+                f"your browser is sent to. It begins with {redirect_uri}?"
+            )
 
 
 # How it listens: a server that waits on the loopback interface for what check_callback accepts.
@@ -275,7 +279,9 @@ class CallbackHandler(BaseHTTPRequestHandler):
             return self.answer(status, NO_CALLBACK, why)
         try:
             if "error" in callback:
-                self.answer(HTTPStatus.OK, "The login did not come through", describe(callback))
+                self.answer(
+                    HTTPStatus.OK, "The login did not come through", f"{describe(callback)}."
+                )
             else:
                 self.answer(HTTPStatus.OK, "The login came through")
         finally:
@@ -287,12 +293,13 @@ class CallbackHandler(BaseHTTPRequestHandler):
 
     def answer(self, status: HTTPStatus, title: str, text: str = "") -> None:
         """Send a page that loads nothing, is not stored, and tells nobody its address."""
-        title, text = html.escape(title), html.escape(text)
+        goes_on = "goes on from here" if status == HTTPStatus.OK else "still waits for the login"
+        title, text = html.escape(title), html.escape(f"{text} The terminal {goes_on}.")
         page = (
             '<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
             'content="width=device-width"><meta name="color-scheme" content="light dark">'
             f"<title>{title}</title><style>body {{ font: 1.2em sans-serif; margin: 3em }}</style>"
-            f"<h1>{title}</h1><p>{text}</p><p>The terminal goes on from here.</p></html>"
+            f"<h1>{title}</h1><p>{text}</p></html>"
         ).encode(errors="replace")
         self.request_version = "HTTP/1.0"  # so that even nonsense gets a status line
         self.send_response(status)

@@ -179,7 +179,7 @@ def test_a_missing_file_says_what_to_copy_and_names_the_sandbox(
 ) -> None:
     stderr = expect_wrong_configuration(start())
     assert str(moved_script.with_name("config.env")) in stderr
-    assert "copy config.example.env" in stderr
+    assert "copy config.example.env" in stderr.lower()
     assert "tests/sandbox.py" in stderr
 
 

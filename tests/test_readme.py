@@ -181,7 +181,7 @@ def test_the_options_are_those_of_the_program(start: Start) -> None:
     assert set(re.findall(option, README)) == there_are
 
 
-def test_each_option_has_the_default_that_its_help_says(start: Start) -> None:
+def test_the_time_out_has_the_default_that_its_help_says(start: Start) -> None:
     script = start("--help")
     assert script.status() == 0
     assert "(default: 300)" in script.stdout
@@ -226,7 +226,8 @@ def test_the_licenses_are_those_that_the_libraries_state() -> None:
     for library in (ROOT / "requirements.txt").read_text(encoding="utf-8").split():
         name = re.split("[<>=]", library)[0]
         metadata = importlib.metadata.metadata(name)
-        stated[name] = metadata["License-Expression"] or metadata["License"]
+        key = "License-Expression" if "License-Expression" in metadata else "License"
+        stated[name] = metadata[key]
     named = re.findall(r"\[([\w-]+)\]\(\S+\) \(([\w.-]+)\)", section("### License"))
     assert dict(named) == stated
 
