@@ -122,7 +122,7 @@ def problem_with(key: str, value: str) -> str:
     if key not in URI_FORMS:
         return ""
     with contextlib.suppress(ValueError):  # from a port above 65535
-        matches = re.fullmatch(URI_FORMS[key], value, re.ASCII | re.IGNORECASE)
+        matches = re.fullmatch(URI_FORMS[key], value, re.IGNORECASE)
         if matches and value.isascii() and urlsplit(value).port != 0:
             return ""
     if key == "REDIRECT_URI":

@@ -424,6 +424,11 @@ def test_the_port_is_closed_after_the_callback(sandbox: Sandbox, start: Start) -
 # --- Connections ----------------------------------------------------------------------------------
 
 
+def test_an_idle_connection_is_not_kept_for_long(wait: Wait) -> None:
+    with socket.create_connection(("127.0.0.1", wait.port), timeout=PATIENCE) as idle:
+        assert idle.recv(1) == b""
+
+
 def test_idle_connections_and_half_requests_delay_neither_the_page_nor_the_end(wait: Wait) -> None:
     halves = [b"GET", b"GET /oauth?code=", get(wait.target)[:-2], b"POST / HTTP/1.1\r\nHo", b"\x16"]
     with contextlib.ExitStack() as stack:

@@ -39,6 +39,12 @@ def test_the_address_is_accepted_with_blanks_or_quotes_around_it(
     assert script.stderr == ""
 
 
+def test_the_address_is_accepted_as_a_browser_shows_it_without_its_scheme(script: Script) -> None:
+    script.type(answer_login_page(script.url()).removeprefix("http://") + "\n")
+    assert script.status() == 0
+    assert script.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("part", "replacement", "why"),
     [

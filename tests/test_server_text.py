@@ -4,7 +4,7 @@ import json
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus, urlencode
 
 import pytest
 from odd_server import (
@@ -215,3 +215,39 @@ def test_what_a_server_remembers_tells_no_secret(
     content = {"error": "invalid_grant", "error_description": f"Of the session {secret}"}
     server.answer_at("refresh", json_answer(content, BAD_REQUEST))
     assert "expired" in failed_login(start(**server.environment), server)
+
+
+@pytest.mark.parametrize("encode", [urlencode, str], ids=["as it came", "decoded"])
+def test_a_form_that_a_server_repeats_tells_no_secret(
+    server: OddServer, start: Start, encode: Callable[[dict[str, str]], str]
+) -> None:
+    secret = "50% schön & $HOME + more"
+    server.answer_at(
+        "code for tokens",
+        lambda request: json_answer({"error": encode(request.form)}, BAD_REQUEST),
+    )
+    error = failed_login(start(**{**server.environment, "CLIENT_SECRET": secret}), server)
+    assert "grant_type" in error
+    assert secret not in error
+    assert quote_plus(secret) not in error
+
+
+def test_an_address_that_a_server_repeats_tells_no_password(
+    server: OddServer, start: Start
+) -> None:
+    content = {"error": "odd", "error_description": "no way to http://me:pAssword@proxy.invalid/"}
+    server.answer_at("code for tokens", json_answer(content, BAD_REQUEST))
+    error = failed_login(start(**server.environment), server)
+    assert "proxy.invalid" in error
+    assert "pAssword" not in error
+
+
+def test_a_secret_that_is_a_common_word_does_not_make_an_error_unreadable(
+    server: OddServer, start: Start
+) -> None:
+    content = {"error": "invalid_grant", "error_description": "The code has expired"}
+    server.answer_at("code for tokens", json_answer(content, BAD_REQUEST))
+    script = start(**server.environment)
+    log_in(script, server, "code=code")
+    assert script.status() == 1
+    assert "The code has expired" in script.stderr

@@ -251,6 +251,18 @@ def test_the_browser_opens_the_authorize_url(
     assert browser.window().url == script.url()
 
 
+def test_a_file_called_webbrowser_is_not_run_in_place_of_the_library(
+    sandbox: Sandbox,
+    start_with_browser: StartWithBrowser,
+    browser: FakeBrowser,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "webbrowser.py").write_text("")
+    variables = {**sandbox.environment, **browser.environment, "PYTHONPATH": str(tmp_path)}
+    script = start_with_browser(**variables)
+    assert browser.window().url == script.url()
+
+
 def test_a_browser_that_blocks_and_makes_noise_changes_nothing(
     sandbox: Sandbox, start_with_browser: StartWithBrowser, browser: FakeBrowser
 ) -> None:
