@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import secrets
 import signal
 import socket
 import subprocess
@@ -24,16 +25,17 @@ FOREIGN = ("PROXY", "BROWSER", "DISPLAY", "CA_BUNDLE", "PYTHON", "NETRC")
 
 
 def free_port() -> int:
-    """Return a port that is free on 127.0.0.1 and, where there is IPv6, on ::1."""
+    """Return a port that is free on 127.0.0.1 and, where there is IPv6, on ::1.
+
+    It is below those that systems give to outgoing connections: such a one could take it meanwhile.
+    """
+    addresses = {"127.0.0.1": socket.AF_INET, **({"::1": socket.AF_INET6} if ipv6_works() else {})}
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port: int = server.getsockname()[1]
-            try:
-                with socket.create_server(("::1", port), family=socket.AF_INET6):
-                    return port
-            except OSError:
-                if not socket.has_ipv6 or not ipv6_works():
-                    return port
+        port = 20_000 + secrets.randbelow(12_000)  # random would begin anew with each test
+        with contextlib.suppress(OSError):
+            for address, family in addresses.items():
+                socket.create_server((address, port), family=family).close()
+            return port
 
 
 def ipv6_works() -> bool:

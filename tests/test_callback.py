@@ -419,6 +419,7 @@ def test_the_port_is_closed_after_the_callback(sandbox: Sandbox, start: Start) -
                 while can_connect(address, wait.port):
                     assert time.monotonic() < deadline
                     time.sleep(0.01)
+            assert wait.script.process.poll() is None
 
 
 # --- Connections ----------------------------------------------------------------------------------

@@ -3,12 +3,15 @@
 import contextlib
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from sandbox import Sandbox
-from script import Script, answer_login_page
+from script import PATIENCE, SCRIPT, Script, answer_login_page
 
 Start = Callable[..., Script]
 
@@ -145,3 +148,19 @@ def test_input_that_the_terminal_has_no_characters_for_is_told_too(
     assert script.status() == 0
     assert script.stdout.count(PROMPT) == 2
     assert "Traceback" not in script.stderr
+
+
+def test_an_input_that_can_not_be_read_has_ended(
+    sandbox: Sandbox, environment: dict[str, str], tmp_path: Path
+) -> None:
+    with (tmp_path / "only for writing").open("wb") as unreadable:
+        result = subprocess.run(
+            [sys.executable, SCRIPT, "--paste"],
+            stdin=unreadable,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            env={**environment, **sandbox.environment},
+        )
+    assert result.returncode == 1
+    assert "The input ended" in result.stderr
