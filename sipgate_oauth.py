@@ -519,7 +519,7 @@ def call(client: Client, method: str, key: str, **content: dict[str, str]) -> di
 def hide(text: str, secrets_sent: set[str]) -> str:
     """Return the text without secrets: an error may repeat what was sent, as it is or as the form
     encodes it, or a proxy's password. (What is under 8 characters may be a common word.)"""
-    for secret in secrets_sent:
+    for secret in sorted(secrets_sent, key=len, reverse=True):  # one may begin with another
         if len(secret) >= 8:
             text = text.replace(secret, "***").replace(quote_plus(secret), "***")
     return re.sub(r"//[^/\s]*@", "//***@", text)

@@ -21,7 +21,7 @@ from odd_server import (
 )
 from script import Script
 
-from sipgate_oauth import printable
+from sipgate_oauth import hide, printable
 
 Start = Callable[..., Script]
 
@@ -251,3 +251,8 @@ def test_a_secret_that_is_a_common_word_does_not_make_an_error_unreadable(
     log_in(script, server, "code=code")
     assert script.status() == 1
     assert "The code has expired" in script.stderr
+
+
+def test_a_secret_that_begins_with_another_is_hidden_whole() -> None:
+    secrets = {f"beginning{end}" for end in ("", "-and", "-and-middle", "-and-middle-and-end")}
+    assert hide("beginning-and-middle-and-end", secrets) == "***"
