@@ -1,5 +1,6 @@
 """What the tests share: a sandbox, and the script that runs against it."""
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,6 +8,12 @@ from pathlib import Path
 import pytest
 from sandbox import Sandbox
 from script import Script, clean_environment, free_port
+
+
+def pytest_configure() -> None:
+    """A shell starts what is to run in the background with Ctrl+C ignored, and each script would
+    inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -49,6 +49,7 @@ def after(statements: str) -> tuple[str, ...]:
 
 INTO_A_CLOSED_PIPE = after("reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)")
 INTO_A_FULL_DISK = after("os.dup2(os.open('/dev/full', os.O_WRONLY), 1)")
+ERRORS_INTO_A_FULL_DISK = after("os.dup2(os.open('/dev/full', os.O_WRONLY), 2)")
 
 
 def shows_an_exception(script: Script) -> bool:
@@ -425,6 +426,18 @@ def test_a_full_disk_under_the_help_shows_no_exception(start: Start) -> None:
     script = start("--help", python=INTO_A_FULL_DISK)
     assert script.status() != 0
     assert not shows_an_exception(script)
+
+
+@has_a_full_device
+def test_a_full_disk_under_stderr_keeps_back_no_answer(sandbox: Sandbox, start: Start) -> None:
+    """The warning about the foreign state can't be printed, and nothing else comes of it."""
+    script = start(python=ERRORS_INTO_A_FULL_DISK, **sandbox.environment)
+    callback = answer_login_page(script.url())
+    uri = sandbox.environment["REDIRECT_URI"]
+    assert visit(f"{uri}?code=a-code&state=another").status_code == 403
+    assert "The login came through" in visit(callback).text
+    script.status()
+    assert script.stdout.count('"company"') == 2
 
 
 @posix_streams
