@@ -405,8 +405,8 @@ class Tokens(NamedTuple):
 def exchange_code(client: Client, code: str, code_verifier: str) -> Tokens:
     """Exchange the authorization code for tokens (RFC 6749, section 4.1.3). Raises LoginError.
 
-    To a thief the code is worth nothing: the code verifier shows that it is the program that began
-    this login that asks (RFC 7636, section 4.5).
+    A stolen code is worth nothing: only the program that began this login has the code verifier
+    (RFC 7636, section 4.5).
     """
     return request_tokens(
         client,

@@ -456,7 +456,8 @@ def test_standard_streams_that_are_closed_cause_no_exception(
 ) -> None:
     script = start(option, python=without(closed), **sandbox.environment)
     script.close_stdin()
-    assert script.status() == (2 if option == "--timeout=0" else 1)
+    # A usage error gets 1 from Python 3.10, whose argparse trips over a closed stderr.
+    assert script.status() in ((1, 2) if option == "--timeout=0" else (1,))
     assert not shows_an_exception(script)
 
 
