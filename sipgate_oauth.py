@@ -30,6 +30,7 @@ import os
 import queue
 import re
 import secrets
+import signal
 import socket
 import socketserver
 import subprocess
@@ -698,17 +699,16 @@ def main() -> int:
     Ctrl+C only ever interrupts the main thread, and not while that looks up the name of a host
     or, on Windows, waits for a socket. So the main thread only waits.
     """
+    # At once, whatever the thread is waiting for, and however often it is pressed.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     statuses: list[int] = []
     thread = threading.Thread(target=lambda: statuses.append(run()), daemon=True)
-    try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.5)  # seconds, because Windows does not interrupt this either
-    except KeyboardInterrupt:
-        os._exit(130)  # at once, whatever the thread is waiting for
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)  # seconds, because Windows does not interrupt this either
     return statuses[0] if statuses else 1
 
 
