@@ -40,7 +40,7 @@ from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TextIO, TypeGuard
 from urllib.parse import parse_qsl, quote_plus, urlencode, urlsplit
 
 try:
@@ -594,8 +594,15 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Print to stderr; if that fails, there is nobody left to tell."""
-    with contextlib.suppress(OSError):
+    try:
         print(printable(text), file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr or sys.stdout)
+
+
+def discard(stream: TextIO) -> None:
+    """Throw away what a stream still has to write, which would fail once more at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # --- The whole login ------------------------------------------------------------------------------
@@ -685,8 +692,7 @@ def run() -> int:
         warn(f"Error: {what}.\n{error.advice}")
         return error.exit_status
     except OSError as error:  # from stdout: all others have become a LoginError
-        # What it still has to write must not fail again at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         if not isinstance(error, BrokenPipeError):  # which only says that "| head" has enough
             warn(f"Error: can't print: {error.strerror}.\nCheck where the output goes.")
         return 1

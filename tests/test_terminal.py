@@ -438,7 +438,7 @@ def test_a_full_disk_under_stderr_keeps_back_no_answer(sandbox: Sandbox, start: 
     uri = sandbox.environment["REDIRECT_URI"]
     assert visit(f"{uri}?code=a-code&state=another").status_code == 403
     assert "The login came through" in visit(callback).text
-    script.status()
+    assert script.status() == 0
     assert script.stdout.count('"company"') == 2
 
 
