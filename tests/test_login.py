@@ -295,7 +295,7 @@ def doorbell(tmp_path: Path) -> Iterator[tuple[socket.socket, dict[str, str]]]:
             "    ring.sendall(sys.argv[1].encode())\n"
         )
         command = [Path(sys.executable).as_posix(), program.as_posix(), "%s"]
-        yield server, {"BROWSER": shlex.join(command).replace("'%s'", "%s")}
+        yield server, {"BROWSER": shlex.join(command)}
 
 
 def opened_at(server: socket.socket) -> str:

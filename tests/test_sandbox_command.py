@@ -94,14 +94,6 @@ def test_the_sandbox_says_first_where_it_is(start: Start) -> None:
     expect_a_login(script)
 
 
-def test_nothing_listens_after_the_end(start: Start) -> None:
-    script = start()
-    url, uri = script.url(), redirect_uri(script)
-    assert (listens(url), listens(uri)) == (True, True)
-    expect_a_login(script)
-    assert (listens(url), listens(uri)) == (False, False)
-
-
 # --- Options and exit status ----------------------------------------------------------------------
 
 
