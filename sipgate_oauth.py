@@ -70,8 +70,8 @@ class LoginError(Exception):
 LOOPBACK = {"localhost": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"], "::1": ["::1"]}
 
 HTTP_LOOPBACK = r"http://(localhost|127\.0\.0\.1|\[::1\])"
-# The client secret and the tokens go to the endpoints: in clear text only within this machine.
 HOST = r"([\w-]+(\.[\w-]+)*\.?|\[::1\])"
+# The client secret and the tokens go to the endpoints: in clear text only within this machine.
 ENDPOINT = rf"({HTTP_LOOPBACK}|https://{HOST})(:\d+)?([/?][^#\\\s]*)?"
 URI_FORMS = {
     # Only what a browser sends back unchanged: no query, no %, no name that starts with a dot.
@@ -518,12 +518,13 @@ def call(client: Client, method: str, key: str, **content: dict[str, str]) -> di
 
 
 def hide(text: str, secrets_sent: set[str]) -> str:
-    """Return the text without secrets: an error may repeat what was sent, as it is or as the form
-    encodes it, or a proxy's password. (What is under 8 characters may be a common word.)"""
+    """Return the beginning of an error, which a server may make as long as it likes, without
+    secrets: it may repeat what was sent, as it is or as the form encodes it, or a proxy's
+    password. (What is under 8 characters may be a common word.)"""
     for secret in sorted(secrets_sent, key=len, reverse=True):  # one may begin with another
         if len(secret) >= 8:
             text = text.replace(secret, "***").replace(quote_plus(secret), "***")
-    return re.sub(r"//[^/\s]*@", "//***@", text)
+    return re.sub(r"//[^/\s]*@", "//***@", text)[:500]
 
 
 # --- What the person sees -------------------------------------------------------------------------
@@ -630,7 +631,7 @@ def log_in(options: argparse.Namespace) -> None:
             callback = await_callback(callbacks, options.timeout)
     if "error" in callback:
         advice = ADVICE.get(callback["error"], "Start again. If it stays, ask sipgate's support.")
-        raise LoginError(f"The login was refused: {describe(callback)}.", advice)
+        raise LoginError(hide(f"The login was refused: {describe(callback)}", set()), advice)
 
     client = Client(config)
     with client.session:
@@ -688,7 +689,7 @@ def run() -> int:
     except SystemExit as end:  # from argparse
         return int(end.code or 0)
     except LoginError as error:
-        what = " ".join(error.what.split())[:500].rstrip(".")  # a server may have sent anything
+        what = " ".join(error.what.split()).rstrip(".")  # a server may send line breaks
         warn(f"Error: {what}.\n{error.advice}")
         return error.exit_status
     except OSError as error:  # from stdout: all others have become a LoginError

@@ -236,6 +236,14 @@ def test_all_that_is_wrong_is_named_at_once(start: Start, tmp_path: Path) -> Non
     assert SECRET not in stderr
 
 
+def test_all_keys_are_named_however_long_the_name_of_the_file_is(
+    start: Start, tmp_path: Path
+) -> None:
+    folder = tmp_path / ("long" * 50) / ("longer" * 30)
+    stderr = expect_wrong_configuration(start("--config", str(folder / "config.env")))
+    assert all(f"{key} is missing" in stderr for key in KEYS)
+
+
 # --- What can't be read ---------------------------------------------------------------------------
 
 
