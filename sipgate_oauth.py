@@ -33,7 +33,6 @@ import secrets
 import signal
 import socket
 import socketserver
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -161,6 +160,8 @@ def open_browser(url: str) -> None:
     In a process of its own that has no terminal: no text browser takes over the screen, no log of
     a browser mixes with the output, and no slow browser holds up the wait for the callback.
     """
+    import subprocess  # not before the authorize URL is on the screen: it takes its time
+
     with contextlib.suppress(OSError):
         subprocess.run(
             [sys.executable, "-I", "-m", "webbrowser", url],  # -I: not ./webbrowser.py
