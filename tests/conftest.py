@@ -1,11 +1,14 @@
-"""What the tests share: a sandbox, and the script that runs against it."""
+"""What the tests share: servers to log in at, and the script that runs against them."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from keycloak import Keycloak
+from odd_server import OddServer
 from sandbox import Sandbox
 from script import Script, clean_environment, free_port
 
@@ -18,8 +21,24 @@ def pytest_configure() -> None:
 
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
-    """A sandbox of its own for one test, on free ports."""
+    """A sandbox of its own for one test, on free ports: what a server should do."""
     with Sandbox(redirect_uri=f"http://localhost:{free_port()}/oauth", port=0) as running:
+        yield running
+
+
+@pytest.fixture
+def server() -> Iterator[OddServer]:
+    """A server that answers as a test tells it to: what a server should not do."""
+    with OddServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def keycloak() -> Iterator[Keycloak]:
+    """A real Keycloak. Its tests are in the group "keycloak", so that it starts only once."""
+    if "KEYCLOAK_HOME" not in os.environ:
+        pytest.skip("no Keycloak: KEYCLOAK_HOME should name its folder")
+    with Keycloak(Path(os.environ["KEYCLOAK_HOME"])) as running:
         yield running
 
 

@@ -16,12 +16,15 @@ from urllib.parse import parse_qs, urlsplit
 
 import requests
 
+from sipgate_oauth import KEYS
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "sipgate_oauth.py"
 PATIENCE = 30  # seconds after which a test gives up waiting for an event
 
-# What the machine's own environment must not decide: where requests go, and what a browser is.
-FOREIGN = ("PROXY", "BROWSER", "DISPLAY", "CA_BUNDLE", "PYTHON", "NETRC")
+# What the machine's own environment must not decide: the configuration, where requests go, and what
+# a browser is.
+FOREIGN = (*KEYS, "PROXY", "BROWSER", "DISPLAY", "CA_BUNDLE", "PYTHON", "NETRC")
 
 
 def free_port() -> int:
