@@ -394,11 +394,11 @@ class CallbackHandler(BaseHTTPRequestHandler):
                 self.server.warned = True
                 say(FOREIGN_STATE, "If it is an old tab, use the URL above.", file=sys.stderr)
         else:
-            page = "The login came through", "The terminal goes on from here."
+            title, text = "The login came through", "The terminal goes on from here."
             if "error" in callback:
-                page = "The login was refused", f"{describe(callback)}. The terminal says more."
+                title, text = "The login did not come through", f"{describe(callback)}."
             try:
-                self.send_error(200, *page)  # http.server's function for a short page
+                self.send_error(200, title, text)  # http.server's function for a short page
             finally:  # not before: the program may end with it, and the page would be lost
                 self.server.callbacks.put(callback)
 

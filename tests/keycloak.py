@@ -7,18 +7,21 @@ to; it needs Java 17 or later. The realm is in keycloak-realm.json: one client, 
 """
 
 import contextlib
+import html
 import json
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import requests
+from script import free_port
 
 REALM_FILE = Path(__file__).with_name("keycloak-realm.json")
 REALM: dict[str, Any] = json.loads(REALM_FILE.read_text(encoding="utf-8"))
@@ -34,13 +37,12 @@ class Keycloak:
 
     In: home, the folder of the distribution. All that is written there is the build that Keycloak
     makes at its first start and keeps; the database and the rest end with the block.
-    Out: `url`, `environment()` with the variables for sipgate_oauth.py, and `forget_consent()`.
+    Out: `environment()` with the variables for sipgate_oauth.py, and `forget_consent()`.
     """
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/auth"
         self.realm_url = f"{self.url}/realms/{REALM['realm']}"
         self._http = requests.Session()
@@ -66,8 +68,8 @@ class Keycloak:
         form = {"grant_type": "password", "client_id": "admin-cli", **ADMIN}
         token = self._http.post(token_url, data=form, timeout=10).json()["access_token"]
         user = f"{self.url}/admin/realms/{REALM['realm']}/users/{USER['id']}"
-        consent = f"{user}/consents/{CLIENT['clientId']}"
         headers = {"Authorization": f"Bearer {token}"}
+        consent = f"{user}/consents/{CLIENT['clientId']}"
         response = self._http.delete(consent, headers=headers, timeout=10)
         assert response.status_code in (204, 404), response.text  # 404: there was none
 
@@ -90,8 +92,7 @@ class Keycloak:
         (folder / "lib").symlink_to(self.home / "lib")  # where it finds its build again
         imports = folder / "data" / "import"
         imports.mkdir(parents=True)
-        # The file has to be called after the realm.
-        shutil.copy(REALM_FILE, imports / f"{REALM['realm']}-realm.json")
+        shutil.copy(REALM_FILE, imports / f"{REALM['realm']}-realm.json")  # has to be named so
         options = ["--import-realm", "--db=dev-mem", "--http-relative-path=/auth"]
         options += ["--http-host=127.0.0.1", f"--http-port={self.port}", f"-Dkc.home.dir={folder}"]
         admin = {f"KC_BOOTSTRAP_ADMIN_{key.upper()}": value for key, value in ADMIN.items()}
@@ -107,15 +108,32 @@ class Keycloak:
 
     def _wait_until_ready(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
         """Ask for the realm until it is there. Raises RuntimeError with the end of the log."""
-        discovery = f"{self.realm_url}/.well-known/openid-configuration"
         deadline = time.monotonic() + START_TIMEOUT
         while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(requests.RequestException):
-                if self._http.get(discovery, timeout=10).ok:
+                if self._http.get(self.realm_url, timeout=10).ok:
                     return
             time.sleep(0.2)
-        lines = log.read_text(errors="replace").splitlines()
-        raise RuntimeError("\n".join(["Keycloak did not start. Its log ends with:", *lines[-20:]]))
+        raise RuntimeError(f"Keycloak did not start:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def log_in(url: str) -> str:
+    """Log in at an authorize URL, and allow the access; return where the browser is sent to."""
+    forms = [{"username": USERNAME, "password": PASSWORD}, {"accept": "Yes"}]
+    where, form = url, dict[str, str]()
+    with requests.Session() as browser:
+        browser.trust_env = False
+        while not where.startswith("http://localhost"):
+            send = browser.post if form else browser.get
+            page = send(where, data=form, allow_redirects=False, timeout=10)
+            for cookie in browser.cookies:
+                cookie.secure = False  # as browsers have it: within this machine, all is secure
+            where = page.headers.get("Location", "")
+            form = {} if where else forms.pop(0)
+            where = urljoin(
+                url, where or html.unescape(re.findall(r' action="(.+?)"', page.text)[0])
+            )
+    return where
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
