@@ -58,9 +58,10 @@ def log_in(options: argparse.Namespace) -> None:
     say(f"1. Configuration: client {config['CLIENT_ID']}, scope {config['OAUTH_SCOPE']}")
     say(f"   From the environment, which wins over the file: {from_environment or 'nothing'}")
 
-    # 256 bits of chance in each (RFC 6749, section 10.10; RFC 7636, section 7.1).
+    # 256 random bits in each (RFC 6749, section 10.10; RFC 7636, section 7.1).
     state, code_verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
     url = authorize_url(config, state, code_challenge_for(code_verifier))
+    # Listens there, and to what is pasted, for what check_callback accepts.
     with callback_server(config["REDIRECT_URI"], state) as callbacks:
         say("2. Authorize URL: open it in your browser and log in")
         show_request("GET", url)
@@ -69,18 +70,20 @@ def log_in(options: argparse.Namespace) -> None:
             threading.Thread(target=open_browser, args=[url], daemon=True).start()
 
         say(f"3. Callback: the browser comes back, within {options.timeout:g} seconds")
-        say("   If the browser shows anything else than how the login went, copy the address that")
-        say("   it shows, paste it here, and press Enter.")
+        say("   If the browser then shows anything else than how the login went, copy the address")
+        say("   that it shows, paste it here, and press Enter.")
         code = wait_for_callback(config["REDIRECT_URI"], callbacks, options.timeout)
 
     with Session(options.show_tokens) as session:
-        say("4. Code for tokens: the state is ours, the code is exchanged")
+        say("4. Code for tokens: the code and the code verifier become tokens")
         tokens = exchange_code(session, config, code, code_verifier)
 
         say("5. Account: what the access token opens")
         get_account(session, config["TEST_API_ENDPOINT"], tokens["access_token"])
 
-        say("6. Refresh: the refresh token is exchanged; at sipgate, this ends the old pair")
+        # Here to show it: a program does so before the access token expires (see expires_in), and
+        # stores the new pair before it uses it.
+        say("6. Refresh: the refresh token becomes a new pair; at sipgate, this ends the old one")
         tokens = refresh_tokens(session, config, tokens)
         say("   The account again, with the new access token")
         get_account(session, config["TEST_API_ENDPOINT"], tokens["access_token"])
@@ -89,6 +92,8 @@ def log_in(options: argparse.Namespace) -> None:
 # --- 1. Configuration -----------------------------------------------------------------------------
 
 Config = dict[str, str]
+Form = dict[str, str] | None  # what a request sends
+Json = dict[str, Any]
 CLIENT_KEYS = ("CLIENT_ID", "CLIENT_SECRET", "OAUTH_SCOPE")
 KEYS = (*CLIENT_KEYS, "REDIRECT_URI", "AUTH_URL", "TOKEN_URL", "TEST_API_ENDPOINT")
 
@@ -109,16 +114,15 @@ def load_config(path: Path) -> Config:
         advice = f"""There is no {path}: copy config.example.env to it, and fill it in.
 Without a sipgate account, try the sandbox: python tests/sandbox.py"""
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", "it is not UTF-8 text")
-        advice = "The configuration is a text file of KEY=value lines: see config.example.env."
-        raise ConfigurationError(f"Can't read {path}: {reason}", advice) from error
+        advice = "It should be a UTF-8 text file of KEY=value lines: see config.example.env."
+        raise ConfigurationError(f"Can't read {path}: {error}", advice) from error
 
     config = {key: os.environ.get(key, from_file.get(key)) or "" for key in KEYS}
     found = [(key, problem_with(key, config[key])) for key in KEYS]
     problems = [f"{key} {problem}" for key, problem in found if problem]
     if problems:
-        # What is missing may stand under a name that is misspelt. (Without a = it is no name.)
-        unknown = [key for key, value in from_file.items() if key not in KEYS and value is not None]
+        # What is missing may stand under a name that is misspelt. (A secret may end in =, too.)
+        unknown = [k for k, v in from_file.items() if k not in KEYS and (v or "").strip("=")]
         problems += [f"{key} is no key of this program" for key in unknown]
         raise ConfigurationError(f"The configuration can't work: {'; '.join(problems)}", advice)
     return config
@@ -149,7 +153,7 @@ def authorize_url(config: Config, state: str, code_challenge: str) -> str:
 
 # --- 3. Callback ----------------------------------------------------------------------------------
 
-Callbacks = queue.SimpleQueue[dict[str, str]]  # their parameters, in the order of their arrival
+Callbacks = queue.SimpleQueue[dict[str, str]]  # of parameters that check_callback has accepted
 
 
 def check_callback(query: str, state: str) -> dict[str, str]:
@@ -158,15 +162,16 @@ def check_callback(query: str, state: str) -> dict[str, str]:
     query: what stands after the ? of the address; state: that of the authorize URL
     Raises CallbackRefused for all that is not the callback of this login.
     """
+    # An empty parameter counts as left out, and none may be repeated (RFC 6749, section 3.1).
     pairs = parse_qsl(query, keep_blank_values=True)
-    parameters = {name: value for name, value in pairs if value}  # an empty one counts as left out
+    parameters = {name: value for name, value in pairs if value}
     if len({name for name, _ in pairs}) < len(pairs):
         raise CallbackRefused(400, "A parameter is there more than once.")
     if not parameters.keys() & {"code", "error", "state"}:
         raise CallbackRefused(400, "This is no answer to a login.")
-    # Without this, any web page could send a code here, and log this program in to the account of
-    # somebody else (RFC 6749, section 10.12). In constant time, so that a guess learns nothing;
-    # as bytes, because compare_digest takes no non-ASCII text.
+    # Without this, any web page could end the login here, with a code or an error of its own (RFC
+    # 6749, section 10.12). In constant time, so that a guess learns nothing; as bytes, because
+    # compare_digest takes no non-ASCII text.
     if not secrets.compare_digest(parameters.get("state", "").encode(), state.encode()):
         raise CallbackRefused(403, FOREIGN_STATE)
     if ("code" in parameters) == ("error" in parameters):
@@ -175,8 +180,8 @@ def check_callback(query: str, state: str) -> dict[str, str]:
 
 
 def wait_for_callback(redirect_uri: str, callbacks: Callbacks, timeout: float) -> str:
-    """Return the authorization code of the first callback that has passed the check. timeout:
-    seconds. Raises LoginError if it brings an error, or if none comes in time."""
+    """Return the authorization code of the first callback that check_callback has accepted.
+    timeout: seconds. Raises LoginError if it brings an error, or if none comes in time."""
     try:
         callback = callbacks.get(timeout=timeout)
     except queue.Empty:
@@ -191,15 +196,13 @@ def wait_for_callback(redirect_uri: str, callbacks: Callbacks, timeout: float) -
 
 # --- 4. Code for tokens ---------------------------------------------------------------------------
 
-Tokens = dict[str, Any]  # the JSON object of RFC 6749, section 5.1
 
-
-def exchange_code(session: "Session", config: Config, code: str, code_verifier: str) -> Tokens:
+def exchange_code(session: "Session", config: Config, code: str, code_verifier: str) -> Json:
     """Exchange the authorization code for tokens (RFC 6749, section 4.1.3). Raises LoginError.
 
-    A stolen code is worth nothing: only the program that began this login has the code verifier
-    (RFC 7636, section 4.5). The client secret shows which client is asking (RFC 6749, section
-    2.3.1). It is one as long as this program stays with you: never ship it (RFC 8252, section 8.5).
+    A thief of the code lacks the code verifier (RFC 7636, section 4.6). The client secret shows
+    which client is asking (RFC 6749, section 2.3.1). It is yours alone: a program for others has
+    none that it could keep (RFC 8252, section 8.5).
     """
     form = {
         "grant_type": "authorization_code",
@@ -209,15 +212,15 @@ def exchange_code(session: "Session", config: Config, code: str, code_verifier: 
         "client_id": config["CLIENT_ID"],
         "client_secret": config["CLIENT_SECRET"],
     }
-    return check_tokens(config, call(session, "POST", config["TOKEN_URL"], form))
+    return check_tokens(config, call(session, "POST", config["TOKEN_URL"], form=form))
 
 
-def check_tokens(config: Config, answer: dict[str, Any]) -> Tokens:
+def check_tokens(config: Config, answer: Json) -> Json:
     """Return the answer of the token endpoint. Raises LoginError if it has no access token, or one
     of a type that this program does not know how to use (RFC 6749, section 7.1)."""
     token, token_type = answer.get("access_token"), str(answer.get("token_type"))
     if not token or not isinstance(token, str) or token_type.lower() != "bearer":
-        what = f"{config['TOKEN_URL']} sent no bearer token"
+        what = f"{urlsplit(config['TOKEN_URL']).netloc} sent no bearer token"
         raise LoginError(what, CHECK_KEY.format("TOKEN_URL"))
     return answer
 
@@ -225,31 +228,32 @@ def check_tokens(config: Config, answer: dict[str, Any]) -> Tokens:
 # --- 5. Account -----------------------------------------------------------------------------------
 
 
-def get_account(session: "Session", url: str, access_token: str) -> dict[str, Any]:
+def get_account(session: "Session", url: str, access_token: str) -> Json:
     """Return the account, which the token opens (RFC 6750, section 2.1). Raises LoginError."""
-    return call(session, "GET", url, {"Authorization": f"Bearer {access_token}"})
+    headers = {"Authorization": f"Bearer {access_token}"}
+    return call(session, "GET", url, headers=headers)
 
 
 # --- 6. Refresh -----------------------------------------------------------------------------------
 
 
-def refresh_tokens(session: "Session", config: Config, tokens: Tokens) -> Tokens:
+def refresh_tokens(session: "Session", config: Config, tokens: Json) -> Json:
     """Exchange the refresh token for new tokens (RFC 6749, section 6). Raises LoginError.
 
-    sipgate ends the old pair with this: if a thief has it too, one of the two is soon refused, and
-    the theft is found out (RFC 9700, section 4.14.2).
+    sipgate ends the old pair with this: if a thief has the refresh token too, the second use of it
+    is refused, and the theft is found out (RFC 9700, section 4.14.2).
     """
-    if not tokens.get("refresh_token"):
-        advice = "There is nothing to refresh: log in again when it is needed."
-        raise LoginError(f"{config['TOKEN_URL']} sent no refresh token", advice)
+    if not isinstance(tokens.get("refresh_token"), str):
+        what = f"{urlsplit(config['TOKEN_URL']).netloc} sent no refresh token"
+        raise LoginError(what, "There is nothing to refresh: log in again when it is needed.")
     form = {
         "grant_type": "refresh_token",
         "refresh_token": tokens["refresh_token"],
         "client_id": config["CLIENT_ID"],
         "client_secret": config["CLIENT_SECRET"],
     }
-    new_tokens = check_tokens(config, call(session, "POST", config["TOKEN_URL"], form))
-    # If there is no new refresh token, the old one stays.
+    new_tokens = check_tokens(config, call(session, "POST", config["TOKEN_URL"], form=form))
+    # Other servers may send no new refresh token: then the old one stays.
     new_tokens["refresh_token"] = new_tokens.get("refresh_token") or tokens["refresh_token"]
     return new_tokens
 
@@ -324,44 +328,39 @@ class Session(requests.Session):
         self.auth = lambda request: request
 
 
-def call(session: Session, method: str, url: str, parameters: dict[str, str]) -> dict[str, Any]:
-    """Send a request, show it and its answer, and return the JSON object of a success.
-
-    parameters: the form of a POST, or the headers of a GET. Raises LoginError for all else.
-    """
-    show_request(method, url, parameters)
-    post = method == "POST"
-    key = "TOKEN_URL" if post else "TEST_API_ENDPOINT"
+def call(session: Session, method: str, url: str, form: Form = None, headers: Form = None) -> Json:
+    """Send a request, show it and its answer, and return the JSON object. Raises LoginError."""
+    show_request(method, url, form or headers)
+    host, key = urlsplit(url).netloc, "TOKEN_URL" if form else "TEST_API_ENDPOINT"
     try:
         response = session.request(
             method,
             url,
-            data=parameters if post else None,
-            headers=None if post else parameters,
+            data=form,
+            headers=headers,
             timeout=10,  # seconds to connect, and seconds of silence during an answer
             allow_redirects=False,  # the secret and the token are for this URL alone
             proxies={"http": ""},  # http stays within this machine: see problem_with
         )
     except Exception as failure:  # an odd proxy or answer raises more than RequestException
-        what = f"No answer that can be used from {url}: {reason_of(failure)}"
+        what = f"No answer that can be used from {host}: {reason_of(failure)}"
         raise LoginError(what, CHECK_NETWORK.format(key)) from failure
 
     answer, status = show_answer(response, session.show_tokens), response.status_code
-    if status // 100 == 2 and isinstance(answer, dict) and not answer.get("error"):
+    if status // 100 == 2 and answer and not answer.get("error"):
         return answer
-    refusal = answer if isinstance(answer, dict) else {}
-    error = "insufficient_scope" if not post and status in (401, 403) else refusal.get("error")
-    what = f"{url} answered {status} {response.reason}: {describe(refusal)}"
+    error = "insufficient_scope" if headers and status in (401, 403) else answer.get("error")
+    what = f"{host} answered {status} {response.reason}: {describe(answer)}"
     raise LoginError(what, ADVICE.get(str(error), CHECK_KEY.format(key)))
 
 
 def reason_of(failure: BaseException) -> str:
-    """Return what the operating system or TLS says of a failed request, or else the name of the
-    innermost exception: all other texts may quote a secret, such as the password of a proxy."""
+    """Return what the system or TLS says, or else a name: other texts may quote a secret, such as
+    the password of a proxy."""
     while failure.__context__:
         failure = failure.__context__
     if isinstance(failure, OSError) and not isinstance(failure, requests.RequestException):
-        return str(failure)
+        return str(failure)[:200]
     return type(failure).__name__
 
 
@@ -423,9 +422,13 @@ class CallbackServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, address: str, uri: SplitResult, state: str, callbacks: Callbacks) -> None:
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self.path, self.state, self.callbacks = uri.path or "/", state, callbacks
+        self.path, self.state, self.callbacks = "/" + uri.path.lstrip("/"), state, callbacks
         self.warned = False  # of a foreign state
         super().__init__((address, uri.port or 80), CallbackHandler)
+
+    def serve(self) -> None:
+        with self:  # which closes the port at the end
+            self.serve_forever(0.05)  # seconds until it notices that it should stop
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Keep quiet about a connection that breaks: anybody can do that, and the wait goes on."""
@@ -441,25 +444,25 @@ def callback_server(redirect_uri: str, state: str) -> Iterator[Callbacks]:
     try:
         for address in LOOPBACK[uri.hostname or ""]:
             try:
-                servers.append(CallbackServer(address, uri, state, callbacks))
+                server = CallbackServer(address, uri, state, callbacks)
             except OSError as error:
                 if servers and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     break  # a machine without IPv6
                 what = f"Can't listen on port {uri.port or 80} of {address}: {error.strerror}"
                 stop = "" if isinstance(error, PermissionError) else " Or stop what uses this port."
                 raise LoginError(what, OTHER_PORT + stop) from error
-            threading.Thread(target=servers[-1].serve_forever, args=[0.02], daemon=True).start()
+            threading.Thread(target=server.serve, daemon=True).start()
+            servers.append(server)
         threading.Thread(target=read_pasted, args=[state, callbacks], daemon=True).start()
         hint.start()
         yield callbacks
     finally:
         hint.cancel()
-        for server in servers:
-            server.shutdown()
-            server.server_close()
+        for server in servers:  # the login does not wait for this
+            threading.Thread(target=server.shutdown).start()
 
 
-# --- Terminal and browser -------------------------------------------------------------------------
+# --- Terminal, browser and program ----------------------------------------------------------------
 
 
 def read_pasted(state: str, callbacks: Callbacks) -> None:
@@ -483,7 +486,8 @@ def open_browser(url: str) -> None:
 
     null = subprocess.DEVNULL
     command = [sys.executable, "-I", "-m", "webbrowser", url]  # -I: not ./webbrowser.py
-    environment = {**os.environ, "TERM": ""}  # without a TERM, it offers no text browser
+    # The client secret is not for browsers, and without a TERM it offers none for the terminal.
+    environment = {k: v for k, v in os.environ.items() if k not in KEYS} | {"TERM": ""}
     with contextlib.suppress(OSError):
         # In a session of its own, it has no /dev/tty, and no Ctrl+C from here (not on Windows).
         subprocess.run(
@@ -491,7 +495,7 @@ def open_browser(url: str) -> None:
         )
 
 
-def show_request(method: str, url: str, parameters: dict[str, str] | None = None) -> None:
+def show_request(method: str, url: str, parameters: Form = None) -> None:
     """Print a request: the method, the address, and its parameters or headers, one a line."""
     address, _, query = url.partition("?")
     say(f"   {method} {address}")
@@ -499,8 +503,8 @@ def show_request(method: str, url: str, parameters: dict[str, str] | None = None
         say(f"      {name}: {masked(value, name)}")
 
 
-def show_answer(response: requests.Response, show_tokens: bool) -> Any:
-    """Print an answer, and return its JSON, or None if it has none."""
+def show_answer(response: requests.Response, show_tokens: bool) -> Json:
+    """Print an answer, and return its JSON object, which is empty if it has none."""
     say(f"   {response.status_code} {response.reason}")
     try:
         answer = json.loads(response.content)
@@ -508,7 +512,7 @@ def show_answer(response: requests.Response, show_tokens: bool) -> Any:
     except (ValueError, RecursionError):
         answer, text = None, f"   ({len(response.content)} bytes that are no JSON)"
     say(*text.split("\n"))
-    return answer
+    return answer if isinstance(answer, dict) else {}
 
 
 def masked(value: Any, name: str, show_tokens: bool = False) -> Any:
@@ -531,7 +535,8 @@ def masked(value: Any, name: str, show_tokens: bool = False) -> Any:
 
 def describe(answer: dict[str, Any]) -> str:
     """Return the error in an answer or a callback (RFC 6749, sections 4.1.2.1 and 5.2)."""
-    text = ": ".join(str(answer[key]) for key in ("error", "error_description") if answer.get(key))
+    texts = [answer.get("error"), answer.get("error_description")]
+    text = ": ".join(text for text in texts if text and isinstance(text, str))
     return text[:500].rstrip(".") or "see above"
 
 
@@ -540,10 +545,7 @@ def say(*lines: str, file: TextIO | None = None) -> None:
     JSON: control characters, bidirectional overrides, lone surrogates. Raises OSError."""
     for line in lines:
         shown = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
-        print(shown, file=file, flush=True)
-
-
-# --- Program --------------------------------------------------------------------------------------
+        print(shown + "\n", end="", file=file, flush=True)  # in one piece: threads print, too
 
 
 def main() -> int:
@@ -552,7 +554,7 @@ def main() -> int:
     add, config = parser.add_argument, Path(__file__).with_name("config.env")
     add("--config", metavar="FILE", default=config, help="the configuration (default: %(default)s)")
     add("--no-browser", action="store_true", help="do not open the browser (default: open it)")
-    text = "how long to wait for the callback (default: %(default)s)"
+    text = "wait so long for the callback (default: %(default)s)"
     add("--timeout", metavar="SECONDS", type=float, default=300, help=text)
     add("--show-tokens", action="store_true", help="print tokens in full (default: masked)")
     options = parser.parse_args()
@@ -572,9 +574,10 @@ def main() -> int:
     except OSError as error:  # from stdout: all others have become a LoginError
         if error.errno not in (errno.EPIPE, errno.EINVAL):  # "| head" has enough; so on Windows
             say(f"Error: can't print: {error.strerror}. Check the output.", file=sys.stderr)
-        os._exit(1)  # sys.exit would try to print the rest once more
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Not sys.exit: it waits for threads that print, and prints once more what could not be printed.
+    os._exit(main())

@@ -1,6 +1,7 @@
 """What the tests share: servers to log in at, and the script that runs against them."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from keycloak import Keycloak
 from odd_server import OddServer
+from playwright.sync_api import Browser, Page, sync_playwright
 from sandbox import Sandbox
 from script import Script, clean_environment, free_port
 
@@ -40,6 +42,25 @@ def keycloak() -> Iterator[Keycloak]:
         pytest.skip("no Keycloak: KEYCLOAK_HOME should name its folder")
     with Keycloak(Path(os.environ["KEYCLOAK_HOME"])) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """A real browser: the Chromium of this machine, or else the one that Playwright downloads."""
+    installed = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
+    with sync_playwright() as playwright:
+        path = next(filter(None, installed), playwright.chromium.executable_path)
+        if not Path(path).exists():
+            pytest.skip("no Chromium: get it with `playwright install chromium`")
+        with playwright.chromium.launch(executable_path=path) as running:
+            yield running
+
+
+@pytest.fixture
+def page(chromium: Browser) -> Iterator[Page]:
+    """A tab of a browser that has never been anywhere."""
+    with chromium.new_context() as context:
+        yield context.new_page()
 
 
 @pytest.fixture

@@ -49,8 +49,7 @@ class Keycloak:
         self._http.trust_env = False  # no proxy is between us
 
     def environment(self, redirect_uri: str, scope: str = "openid account:read") -> dict[str, str]:
-        """Return the variables for sipgate_oauth.py. Keycloak's own account call is userinfo,
-        which the scope openid opens; redirect_uri may have any port."""
+        """Return the variables for the script. The account is userinfo, which openid opens."""
         endpoints = f"{self.realm_url}/protocol/openid-connect"
         return {
             "CLIENT_ID": CLIENT["clientId"],
@@ -68,17 +67,15 @@ class Keycloak:
         form = {"grant_type": "password", "client_id": "admin-cli", **ADMIN}
         token = self._http.post(token_url, data=form, timeout=10).json()["access_token"]
         user = f"{self.url}/admin/realms/{REALM['realm']}/users/{USER['id']}"
-        headers = {"Authorization": f"Bearer {token}"}
-        consent = f"{user}/consents/{CLIENT['clientId']}"
-        response = self._http.delete(consent, headers=headers, timeout=10)
-        assert response.status_code in (204, 404), response.text  # 404: there was none
+        url = f"{user}/consents/{CLIENT['clientId']}"
+        answer = self._http.delete(url, headers={"Authorization": f"Bearer {token}"}, timeout=10)
+        assert answer.status_code in (204, 404), answer.text  # 404: there was none
 
     def __enter__(self) -> "Keycloak":
         with contextlib.ExitStack() as undo:
             undo.enter_context(self._http)
             folder = Path(undo.enter_context(tempfile.TemporaryDirectory()))
-            log = folder / "log"
-            process = self._start(folder, log)
+            process = self._start(folder, log := folder / "log")
             undo.callback(stop, process)
             self._wait_until_ready(process, log)
             self._undo = undo.pop_all()

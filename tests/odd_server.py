@@ -1,9 +1,4 @@
-"""A server that answers byte for byte what a test tells it to, and a login against it.
-
-with OddServer() as server:
-    server.answer_at("refresh", b"SSH-2.0-OpenSSH_9.9")
-    error = failed_login(start(**server.environment), server)
-"""
+"""A server that answers byte for byte what a test tells it to, and a login against it."""
 
 import http.client
 import json
@@ -13,11 +8,12 @@ import socketserver
 import ssl
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from email.message import Message
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from script import PATIENCE, Script, free_port, visit
+from script import Script, free_port, visit
 
 CLIENT_SECRET, CODE = "sAAAAAAA-client-secret", "cBBBBBBB-code"
 TOKENS: dict[str, Any] = {
@@ -38,8 +34,6 @@ STEPS = {
 
 
 class Request(NamedTuple):
-    """A request that came in completely."""
-
     method: str
     target: str
     headers: Message
@@ -51,9 +45,9 @@ Answer = bytes | Callable[[Request], bytes]  # a function may use the connection
 
 
 def answer(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
-    """A complete answer, after which the connection ends."""
-    lines = (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers)
-    return "\r\n".join((*lines, "", "")).encode() + body
+    """A complete answer, after which the connection stays open; after all others, it ends."""
+    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: keep-alive"
+    return "\r\n".join((head, *headers, "", "")).encode() + body
 
 
 def json_answer(content: Any, status: str = "200 OK") -> bytes:
@@ -62,35 +56,37 @@ def json_answer(content: Any, status: str = "200 OK") -> bytes:
 
 class Handler(socketserver.StreamRequestHandler):
     server: "OddServer"
-    timeout = PATIENCE
 
     def handle(self) -> None:
-        first = self.rfile.read(1)
-        if first == b"\x16":  # TLS, which a plain server does not understand
-            self.wfile.write(answer(b"", status="400 Bad Request"))
-            return
-        method, target, _ = (first + self.rfile.readline()).decode().split(" ")
-        headers = http.client.parse_headers(self.rfile)
-        body = self.rfile.read(int(headers.get("Content-Length", 0))).decode()
-        request = Request(method, target, headers, dict(parse_qsl(body)), self.connection)
-        self.server.requests.append(request)
-        answers = self.server.answers[target]
-        said = answers.pop(0) if len(answers) > 1 else answers[0]
-        self.wfile.write(said(request) if callable(said) else said)
+        said = b"keep-alive"
+        with suppress(OSError):  # from a connection that one of the two sides has broken off
+            while b"keep-alive" in said and (first := self.rfile.read(1)):
+                if first == b"\x16":  # TLS, which a plain server does not understand
+                    self.wfile.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                    return
+                method, target, _ = (first + self.rfile.readline()).decode().split(" ")
+                headers = http.client.parse_headers(self.rfile)
+                body = self.rfile.read(int(headers.get("Content-Length", 0))).decode()
+                request = Request(method, target, headers, dict(parse_qsl(body)), self.connection)
+                self.server.requests.append(request)
+                answers = self.server.answers[target]
+                chosen = answers.pop(0) if len(answers) > 1 else answers[0]
+                said = chosen(request) if callable(chosen) else chosen
+                self.wfile.write(said)
 
 
 class OddServer(socketserver.ThreadingTCPServer):
-    """Serves inside of the `with` block, at a free port of 127.0.0.1.
-
-    In: the TLS context, and the host name in its URLs; `answers`, for each path those to the
-    first, second, ... request, of which the last stays. A login works until a test changes them.
-    Out: `environment`, the variables for the script; `requests` and the number of `connections`.
-    """
+    """Serves inside of the `with` block. In: the TLS context, the host name in its URLs; `answers`
+    for each path, of which the last stays. Out: `environment`, `requests`, and `connections`."""
 
     daemon_threads = True
 
     def __init__(self, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        if tls:  # each connection does its handshake in its own thread
+            self.socket = tls.wrap_socket(
+                self.socket, server_side=True, do_handshake_on_connect=False
+            )
         self.tls, self.connections, self.requests = tls, 0, list[Request]()
         self.answers: dict[str, list[Answer]] = {
             "/token": [json_answer(TOKENS), json_answer(NEW_TOKENS)],
@@ -114,13 +110,8 @@ class OddServer(socketserver.ThreadingTCPServer):
         self.answers[path][before:] = [said]
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        connection, address = super().get_request()
         self.connections += 1
-        if self.tls:  # the handshake waits for the thread of this connection
-            connection = self.tls.wrap_socket(
-                connection, server_side=True, do_handshake_on_connect=False
-            )
-        return connection, address
+        return super().get_request()
 
     def __enter__(self) -> "OddServer":
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
@@ -142,8 +133,7 @@ def failed_login(script: Script, server: OddServer, answer: str = f"code={CODE}"
     assert script.status() == 1
     assert script.stderr.startswith("Error: ")
     assert re.findall("^Error: |Traceback", script.stderr, re.MULTILINE) == ["Error: "]
-    sent = [request.form for request in server.requests]
-    for values in (TOKENS, NEW_TOKENS, *sent):
+    for values in (TOKENS, NEW_TOKENS, *(request.form for request in server.requests)):
         for name in SECRETS & values.keys():
             assert values[name] not in script.stdout + script.stderr, name
     return script.stderr

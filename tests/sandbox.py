@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "Flask>=3.1,<4",
-#     "joserfc>=1.6,<2",
+#     "joserfc>=1.7,<2",
 #     "python-dotenv>=1.0.1,<2",
 #     "requests>=2.32.4,<3",
 #     "waitress>=3.0.2,<4",

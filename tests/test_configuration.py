@@ -1,582 +1,180 @@
-"""The configuration and the options: where they come from, and what is said of those that can't
-work. What is wrong with them is told before anything else happens, and with exit status 2."""
+"""The configuration and the options: where they come from, and what is said if they can't work."""
 
+import ast
 import re
-import shutil
-import socket
+import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from itertools import product
 from pathlib import Path
 
 import pytest
 from dotenv import dotenv_values
-from sandbox import Sandbox
-from script import ROOT, SCRIPT, Script, free_port, ipv6_works, log_in
+from odd_server import OddServer
+from script import ROOT, SCRIPT, Script
 
-from sipgate_oauth import LoginError, load_config
+from sipgate_oauth import KEYS, ConfigurationError, load_config, problem_with
 
 Start = Callable[..., Script]
-
-KEYS = (
-    "CLIENT_ID",
-    "CLIENT_SECRET",
-    "OAUTH_SCOPE",
-    "REDIRECT_URI",
-    "AUTH_URL",
-    "TOKEN_URL",
-    "TEST_API_ENDPOINT",
-)
-ENDPOINTS = ("AUTH_URL", "TOKEN_URL", "TEST_API_ENDPOINT")
-OPTIONS = ("--config", "--no-browser", "--paste", "--timeout", "--show-tokens")
-SECRET = "the-secret-of-this-test"
+EXAMPLE, SECRET = ROOT / "config.example.env", "the-secret-of-this-test"
+REALM = "https://login.sipgate.com/auth/realms/third-party/protocol/openid-connect"
 GOOD = {
     "CLIENT_ID": "client",
     "CLIENT_SECRET": SECRET,
-    "OAUTH_SCOPE": "account:read users:read",
+    "OAUTH_SCOPE": "account:read",
     "REDIRECT_URI": "http://localhost:8080/oauth",
-    "AUTH_URL": "https://login.example.com/auth",
-    "TOKEN_URL": "https://login.example.com/token",
-    "TEST_API_ENDPOINT": "https://api.example.com/v2/account",
+    "AUTH_URL": f"{REALM}/auth",
+    "TOKEN_URL": f"{REALM}/token",
+    "TEST_API_ENDPOINT": "https://api.sipgate.com/v2/account",
 }
 
 
+def lines(**changes: str) -> str:
+    return "".join(f"{key}={value}\n" for key, value in {**GOOD, **changes}.items())
+
+
 @pytest.fixture(autouse=True)
-def _no_configuration_of_the_person(monkeypatch: pytest.MonkeyPatch) -> None:
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with a configuration that can work, and none in the environment."""
     for key in KEYS:
         monkeypatch.delenv(key, raising=False)
+    path = tmp_path / "my.env"
+    path.write_text(lines(), encoding="utf-8")
+    return path
 
 
-@pytest.fixture
-def moved_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let start() run a copy of the script, in a folder where no config.env is, and return it."""
-    copy = tmp_path / "a folder" / SCRIPT.name
-    copy.parent.mkdir()
-    shutil.copy(SCRIPT, copy)
-    monkeypatch.setattr("script.SCRIPT", copy)
-    return copy
+def refusal(path: Path) -> tuple[str, str]:
+    """Return what is wrong with a configuration, and the advice."""
+    with pytest.raises(ConfigurationError) as refused:
+        load_config(path)
+    what, advice = refused.value.args
+    assert SECRET not in what + advice
+    return what, advice
 
 
-def lines(values: dict[str, str]) -> str:
-    return "".join(f"{key}={value}\n" for key, value in values.items())
-
-
-def write(file: Path, **changes: str) -> Path:
-    """Write good values, with the changes, to a file, and return the file."""
-    file.write_text(lines({**GOOD, **changes}), encoding="utf-8")
-    return file
-
-
-def keys_in(text: str) -> list[str]:
-    return [key for key in KEYS if re.search(rf"\b{key}\b", text)]
-
-
-def refused(file: Path) -> list[str]:
-    """Return the keys that the refusal of a configuration names."""
-    with pytest.raises(LoginError) as refusal:
-        load_config(file)
-    assert refusal.value.exit_status == 2
-    assert SECRET not in refusal.value.what + refusal.value.advice
-    return keys_in(refusal.value.what)
-
-
-def expect_wrong_configuration(script: Script) -> str:
-    """Wait for the script to end as it does for a configuration that can't work; return stderr."""
-    assert script.status() == 2
-    assert script.stdout == ""
-    assert script.stderr.startswith("Error: ")
-    assert "Traceback" not in script.stderr
-    return script.stderr
-
-
-def expect_a_login(script: Script) -> None:
-    log_in(script)
-    assert script.status() == 0, script.stderr
-    assert script.stdout.count('"company"') == 2
-
-
-# --- Where the values come from -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("line_break", ["\n", "\r\n"], ids=["LF", "CRLF"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"], ids=["no BOM", "BOM"])
-def test_a_file_is_enough(
-    sandbox: Sandbox, start: Start, tmp_path: Path, encoding: str, line_break: str
-) -> None:
-    file = tmp_path / "file with any name"
-    text = lines(sandbox.environment).replace("\n", line_break)
-    file.write_bytes(text.encode(encoding))
-    expect_a_login(start("--config", str(file)))
-
-
-def test_the_file_is_the_one_beside_the_module(
-    sandbox: Sandbox, start: Start, moved_script: Path
-) -> None:
-    file = moved_script.with_name("config.env")
-    file.write_text(lines(sandbox.environment), encoding="utf-8")
-    expect_a_login(start())
-
-
-def test_config_names_another_file_than_the_one_beside_the_module(
-    sandbox: Sandbox, start: Start, moved_script: Path, tmp_path: Path
-) -> None:
-    write(moved_script.with_name("config.env"))
-    file = tmp_path / "other.env"
-    file.write_text(lines(sandbox.environment), encoding="utf-8")
-    expect_a_login(start("--config", str(file)))
-
-
-def test_the_environment_is_enough_without_a_file(
-    sandbox: Sandbox, start: Start, moved_script: Path
-) -> None:
-    assert not moved_script.with_name("config.env").exists()
-    expect_a_login(start(**sandbox.environment))
-
-
-def test_the_environment_wins(sandbox: Sandbox, start: Start, tmp_path: Path) -> None:
-    file = write(tmp_path / "config.env")
-    expect_a_login(start("--config", str(file), **sandbox.environment))
+@pytest.mark.parametrize(("encoding", "line_break"), [("utf-8", "\n"), ("utf-8-sig", "\r\n")])
+def test_a_file_is_enough(file: Path, encoding: str, line_break: str) -> None:
+    text = lines(CLIENT_ID="Müller", ANOTHER_KEY="is no problem")
+    file.write_bytes(text.replace("\n", line_break).encode(encoding))
+    assert load_config(file) == {**GOOD, "CLIENT_ID": "Müller"}
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_one_value_may_come_from_the_environment_and_the_rest_from_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
-    value = GOOD[key] + "2"
-    monkeypatch.setenv(key, value)
-    assert load_config(write(tmp_path / "config.env")) == {**GOOD, key: value}
-
+def test_the_environment_wins(file: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv(key, GOOD[key] + "2")
+    assert load_config(file) == {**GOOD, key: GOOD[key] + "2"}
+    monkeypatch.setenv(key, "")
+    assert re.findall(r"(\w+) is missing", refusal(file)[0]) == [key]
 
-def test_the_secret_of_the_sandbox_has_all_characters_that_may_get_lost(sandbox: Sandbox) -> None:
-    """So each login above has shown that they arrive at the token endpoint, from either source."""
-    assert set("$&+% ö") <= set(sandbox.environment["CLIENT_SECRET"])
 
+def test_step_1_names_the_keys_from_the_environment(start: Start, file: Path) -> None:
+    script = start("--config", str(file), CLIENT_ID="mine", OAUTH_SCOPE="users:read")
+    assert script.until("1. ").endswith("client mine, scope users:read\n")
+    assert script.until("From the environment").endswith(": CLIENT_ID, OAUTH_SCOPE\n")
 
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [
-        ("pa$HOME", "pa$HOME"),
-        ("${HOME}$$", "${HOME}$$"),
-        ('"${HOME} $HOME"', "${HOME} $HOME"),
-        ("a=b", "a=b"),
-        ("50% & more + ü", "50% & more + ü"),
-        ("'a # b'", "a # b"),
-        ("'a \"quoted\" word'", 'a "quoted" word'),
-        ("  blanks around  ", "blanks around"),
-        ("value # comment", "value"),
-    ],
-)
-def test_a_secret_means_what_the_file_says(tmp_path: Path, written: str, meant: str) -> None:
-    file = write(tmp_path / "config.env", CLIENT_SECRET=written)
-    assert load_config(file)["CLIENT_SECRET"] == meant
 
+def test_a_tilde_in_config_is_the_home_folder(start: Start, file: Path) -> None:
+    script = start(f"--config=~/{file.name}")  # the home folder is tmp_path
+    assert script.until("From the environment").endswith(": nothing\n")
 
-# --- What is missing ------------------------------------------------------------------------------
 
+def test_a_value_means_what_the_file_says(file: Path) -> None:
+    for written, meant in {"$HOME${HOME}$$": "$HOME${HOME}$$", "'a # \"b\"'": 'a # "b"'}.items():
+        file.write_text(lines(CLIENT_SECRET=written), encoding="utf-8")
+        assert load_config(file)["CLIENT_SECRET"] == meant
 
-def test_a_missing_file_says_what_to_copy_and_names_the_sandbox(
-    start: Start, moved_script: Path
-) -> None:
-    stderr = expect_wrong_configuration(start())
-    assert str(moved_script.with_name("config.env")) in stderr
-    assert "copy config.example.env" in stderr.lower()
-    assert "tests/sandbox.py" in stderr
 
+def test_the_example_has_the_values_of_sipgate_and_lacks_only_the_client() -> None:
+    lacking = {key: f"YOUR_{key}" for key in ("CLIENT_ID", "CLIENT_SECRET")}
+    assert dotenv_values(EXAMPLE, interpolate=False) == {**GOOD, **lacking}
+    assert re.findall(r"(\w+) is missing", refusal(EXAMPLE)[0]) == list(lacking)
 
-def test_a_missing_file_that_config_names_is_named(start: Start, tmp_path: Path) -> None:
-    file = tmp_path / "nowhere" / "my.env"
-    stderr = expect_wrong_configuration(start("--config", str(file)))
-    assert str(file) in stderr
-    assert "config.example.env" in stderr
 
+REDIRECT_URI, ENDPOINTS = ["REDIRECT_URI"], ["AUTH_URL", "TOKEN_URL", "TEST_API_ENDPOINT"]
+LOOPBACK = "http://localhost:80/oauth HTTP://LocalHost http://[::1]:65535 http://127.0.0.1/a@b?c=d"
+TLS = "https://host HTTPS://Host:8443/a?b=c https://[2001:db8::1]/ https://127.0.0.1/@"
+NOWHERE = """localhost/a //localhost/a ftp://localhost/ http://example.com/ http://127.0.0.2/ http://
+    http://0.0.0.0/ http://localhost.example.com/ http://[::1/ http://user@localhost/ https:///a
+    http://localhost:0/ http://localhost:65536/ http://localhost:x/ http://localhost/#a https://ü/
+    http://localhost/a\\b https://user:word@host/ https://host:0/ https://host:65536/ https://:443/"""
+UNSEEN = ["{good} ", "\xa0{good}", "{good}\n", "a\x1bb", "a\u202eb", "{good}\u200b"]
+LIKE = "should look like {} (http only on localhost; a port from 1 to 65535)"
+TABLE = [
+    (KEYS, ["", " \t", "YOUR_{key}"], "is missing, empty or still the placeholder"),
+    (KEYS, UNSEEN, "has a blank at one end, or a character that can't be seen"),
+    (REDIRECT_URI, LOOPBACK.split(), ""),
+    (REDIRECT_URI, (TLS + " " + NOWHERE).split(), LIKE.format("http://localhost:8080/oauth")),
+    (ENDPOINTS, (TLS + " " + LOOPBACK).split(), ""),
+    (ENDPOINTS, [*NOWHERE.split(), "https://host/a b"], LIKE.format("https://host/path")),
+]
 
-def test_without_a_file_all_keys_are_named_at_once(tmp_path: Path) -> None:
-    assert refused(tmp_path / "config.env") == list(KEYS)
 
+def test_a_value_works_or_is_refused_with_the_reason() -> None:
+    for keys, values, said in TABLE:
+        for key, value in product(keys, values):
+            assert problem_with(key, value.format(key=key, good=GOOD[key])) == said, (key, value)
 
-def test_an_empty_file_lacks_all_keys(tmp_path: Path) -> None:
-    (tmp_path / "config.env").touch()
-    assert refused(tmp_path / "config.env") == list(KEYS)
 
+def test_a_missing_file_names_what_to_copy_and_the_sandbox(tmp_path: Path) -> None:
+    what, advice = refusal(tmp_path / "config.env")
+    assert re.findall(r"(\w+) is missing", what) == list(KEYS)
+    assert f"There is no {tmp_path / 'config.env'}: copy config.example.env to it" in advice
+    assert "python tests/sandbox.py" in advice
 
-@pytest.mark.parametrize("key", KEYS)
-def test_a_key_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
-    file = tmp_path / "config.env"
-    file.write_text(lines({it: value for it, value in GOOD.items() if it != key}))
-    assert refused(file) == [key]
 
+def test_a_folder_and_another_encoding_can_not_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "latin-1", tmp_path / "utf-16"):
+        if path != tmp_path:
+            path.write_text(lines(CLIENT_ID="Müller"), encoding=path.name)
+        what, advice = refusal(path)
+        assert what.startswith(f"Can't read {path}: ")
+        assert "text file of KEY=value lines" in advice
 
-@pytest.mark.parametrize("value", ["", "''", "'  '", "YOUR_{key}", "'YOUR_{key}'"])
-@pytest.mark.parametrize("key", KEYS)
-def test_a_key_that_is_empty_or_a_placeholder_is_named(
-    tmp_path: Path, key: str, value: str
-) -> None:
-    assert refused(write(tmp_path / "config.env", **{key: value.format(key=key)})) == [key]
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_a_key_without_an_equals_sign_is_named(tmp_path: Path, key: str) -> None:
-    file = write(tmp_path / "config.env")
-    file.write_text(file.read_text().replace(f"{key}={GOOD[key]}", key))
-    assert refused(file) == [key]
-
-
-def test_all_that_is_wrong_is_named_at_once(start: Start, tmp_path: Path) -> None:
-    file = tmp_path / "config.env"
-    file.write_text(
-        "CLIENT_ID=YOUR_CLIENT_ID\n"
-        f"CLIENT_SECRET={SECRET}\n"
-        "REDIRECT_URI=http://example.com/\n"
-        "AUTH_URL=\n"
-        "TEST_API_ENDPOINT=https://api.example.com/v2/account\n"
-    )
-    stderr = expect_wrong_configuration(start("--config", str(file)))
-    wrong = ["CLIENT_ID", "OAUTH_SCOPE", "REDIRECT_URI", "AUTH_URL", "TOKEN_URL"]
-    assert keys_in(stderr) == wrong
-    assert SECRET not in stderr
-
-
-def test_all_keys_are_named_however_long_the_name_of_the_file_is(
-    start: Start, tmp_path: Path
-) -> None:
-    folder = tmp_path / ("long" * 50) / ("longer" * 30)
-    stderr = expect_wrong_configuration(start("--config", str(folder / "config.env")))
-    assert all(f"{key} is missing" in stderr for key in KEYS)
-
-
-# --- What can't be read ---------------------------------------------------------------------------
-
-
-def test_a_folder_is_no_configuration(start: Start, tmp_path: Path) -> None:
-    assert str(tmp_path) in expect_wrong_configuration(start("--config", str(tmp_path)))
-
-
-def test_a_file_is_no_folder(start: Start, tmp_path: Path) -> None:
-    file = write(tmp_path / "config.env") / "config.env"
-    assert str(file) in expect_wrong_configuration(start("--config", str(file)))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="on Windows, not everybody may make links")
-def test_a_file_that_nobody_can_read_is_named(start: Start, tmp_path: Path) -> None:
-    file = tmp_path / "config.env"
-    file.symlink_to(file)
-    assert str(file) in expect_wrong_configuration(start("--config", str(file)))
-
-
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_a_file_in_another_encoding_is_named_and_so_is_utf_8(
-    start: Start, tmp_path: Path, encoding: str
-) -> None:
-    file = tmp_path / "config.env"
-    file.write_bytes(lines({**GOOD, "CLIENT_ID": "Müller"}).encode(encoding))
-    stderr = expect_wrong_configuration(start("--config", str(file)))
-    assert str(file) in stderr
-    assert "UTF-8" in stderr
-
-
-def test_a_file_in_utf_16_without_a_mark_lacks_all_keys(tmp_path: Path) -> None:
-    """It is UTF-8 as well, with a character that can't be seen beside each that can."""
-    file = tmp_path / "config.env"
-    file.write_bytes(lines(GOOD).encode("utf-16-le"))
-    assert refused(file) == list(KEYS)
-
-
-# --- Which values work ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("character", ["\t", "\n", "\x1b", "\x7f", "\u202e", "\u200b", "\ufeff"])
-def test_a_value_with_a_character_that_cannot_be_seen_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, character: str
-) -> None:
-    monkeypatch.setenv(key, GOOD[key][:10] + character + GOOD[key][10:])
-    assert refused(write(tmp_path / "config.env")) == [key]
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        "http://localhost:{port}/oauth",
-        "http://localhost:{port}",
-        "http://localhost:{port}/",
-        "http://localhost:{port}/oauth/",
-        "http://localhost:{port}/a/b-c/d_e.f/~g/2",
-        "http://127.0.0.1:{port}/oauth",
-        "http://127.0.0.1:0{port}/oauth",
-        "HTTP://LocalHost:{port}/OAuth",
-        "http://[::1]:{port}/oauth",
-    ],
-)
-def test_a_redirect_uri_that_is_accepted_works_to_the_letter(start: Start, form: str) -> None:
-    if "[" in form and not ipv6_works():
-        pytest.skip("this computer has no ::1")
-    with Sandbox(redirect_uri=form.format(port=free_port()), port=0) as sandbox:
-        expect_a_login(start(**sandbox.environment))
-
-
-def test_a_redirect_uri_without_a_port_means_port_80(
-    sandbox: Sandbox, start: Start, tmp_path: Path
-) -> None:
-    """Which others need too, so that it is always taken here, or out of bounds."""
-    with ExitStack() as holder:
-        with suppress(OSError):
-            holder.enter_context(socket.create_server(("127.0.0.1", 80)))
-        script = start(**{**sandbox.environment, "REDIRECT_URI": "http://localhost/oauth"})
-        assert script.status() == 1
-    assert "port 80 " in script.stderr
-    assert "Traceback" not in script.stderr
-
-
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "localhost:8080/oauth",
-        "//localhost:8080/oauth",
-        "/oauth",
-        "https://localhost:8080/oauth",
-        "ftp://localhost:8080/oauth",
-        "http:/localhost:8080/oauth",
-        "http://localhost:8080:8080/oauth",
-        "http://localhost:/oauth",
-        "http://localhost:0/oauth",
-        "http://localhost:-1/oauth",
-        "http://localhost:65536/oauth",
-        f"http://localhost:{'8' * 5000}/oauth",
-        "http://localhost:http/oauth",
-        "http://localhost:\uff18\uff10\uff18\uff10/oauth",
-        "http://localhost.:8080/oauth",
-        "http://localho\u017ft:8080/oauth",
-        "http://localhost.example.com:8080/oauth",
-        "http://example.com:8080/oauth",
-        "http://0.0.0.0:8080/oauth",
-        "http://127.1:8080/oauth",
-        "http://127.0.0.2:8080/oauth",
-        "http://127.0.0.1.example.com:8080/oauth",
-        "http://[::]:8080/oauth",
-        "http://[0:0:0:0:0:0:0:1]:8080/oauth",
-        "http://[::1:8080/oauth",
-        "http://::1:8080/oauth",
-        "http://user@localhost:8080/oauth",
-        "http://localhost:8080/oauth?a=b",
-        "http://localhost:8080/oauth?",
-        "http://localhost:8080/oauth#fragment",
-        "http://localhost:8080//oauth",
-        "http://localhost:8080/oauth//",
-        "http://localhost:8080/./oauth",
-        "http://localhost:8080/a/../oauth",
-        "http://localhost:8080/o%61uth",
-        "http://localhost:8080/öauth",
-        "http://localhost:8080/o auth",
-        "http://localhost:8080/oauth ",
-        " http://localhost:8080/oauth",
-        "http://localhost:8080\\oauth",
-        'http://localhost:8080/"oauth"',
-        "http://localhost:8080/<oauth>",
-        "urn:ietf:wg:oauth:2.0:oob",
-        "com.example.app:/oauth",
-    ],
-)
-def test_a_redirect_uri_that_could_not_work_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
-) -> None:
-    monkeypatch.setenv("REDIRECT_URI", uri)
-    assert refused(write(tmp_path / "config.env")) == ["REDIRECT_URI"]
-
-
-@pytest.mark.parametrize("key", ENDPOINTS)
-@pytest.mark.parametrize("form", ["{}?a=b", "{}?", "{}?a=b%20c&d=%C3%A9"])
-def test_an_endpoint_that_has_a_query_works(
-    sandbox: Sandbox, start: Start, key: str, form: str
-) -> None:
-    values = {**sandbox.environment, key: form.format(sandbox.environment[key])}
-    expect_a_login(start(**values))
-
-
-@pytest.mark.parametrize("key", ["TOKEN_URL", "TEST_API_ENDPOINT"])
-@pytest.mark.parametrize("origin", ["http://localhost", "HTTP://LocalHost"])
-def test_an_endpoint_on_this_computer_works_without_tls(
-    sandbox: Sandbox, start: Start, key: str, origin: str
-) -> None:
-    url = sandbox.environment[key].replace("http://127.0.0.1", origin)
-    expect_a_login(start(**{**sandbox.environment, key: url}))
-
-
-@pytest.mark.parametrize("key", ENDPOINTS)
-@pytest.mark.parametrize(
-    "url",
-    [
-        "https://login.example.com",
-        "https://login.example.com/",
-        "https://login.example.com?a=b",
-        "https://login.example.com:8443/a/b?c=d&e=/f?",
-        "HTTPS://Login.Example.Com/Auth",
-        "https://some_host-1.example/",
-        "https://host/",
-        "https://192.0.2.1/auth",
-        "https://[::1]/auth",
-        "http://[::1]:8081/auth",
-    ],
-)
-def test_an_endpoint_of_this_form_is_accepted(tmp_path: Path, key: str, url: str) -> None:
-    assert load_config(write(tmp_path / "config.env", **{key: url}))[key] == url
-
-
-@pytest.mark.parametrize("key", ENDPOINTS)
-@pytest.mark.parametrize(
-    "url",
-    [
-        "login.example.com/auth",
-        "//login.example.com/auth",
-        "http://login.example.com/auth",
-        "http://localhost.example.com/auth",
-        "http://127.0.0.2/auth",
-        "http://0.0.0.0/auth",
-        "ftp://login.example.com/auth",
-        "file:///etc/passwd",
-        "javascript:alert(1)",
-        "https:login.example.com/auth",
-        "https:///auth",
-        "https://",
-        "https://?a=b",
-        "https://:443/auth",
-        "https://user:word@login.example.com/auth",
-        "https://user@login.example.com/auth",
-        "https://login.example.com/auth#fragment",
-        "https://login.example.com/a b",
-        "https://login.example.com /auth",
-        "https://login.example.com/auth ",
-        " https://login.example.com/auth",
-        "https://login.example.com\\auth",
-        "https://login.example.com/a\\b",
-        "https://login.example.com:/auth",
-        "https://login.example.com:0/auth",
-        "https://login.example.com:65536/auth",
-        "https://login.example.com:https/auth",
-        "https://löwe.example.com/auth",
-        "https://login.example.com/löwe",
-        "https://login%2eexample.com/auth",
-        "https://*.example.com/auth",
-        "https://.example.com/auth",
-        "https://login..example.com/auth",
-        "https://./auth",
-        "https://[::1/auth",
-        "https://[2001:db8::1]/auth",
-        "https://[1:2]/auth",
-        "https://[::::]/auth",
-        "https://[fe80::1%25eth0]/auth",
-        "https://2001:db8::1/auth",
-    ],
-)
-def test_an_endpoint_that_could_not_work_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, url: str
-) -> None:
-    monkeypatch.setenv(key, url)
-    assert refused(write(tmp_path / "config.env")) == [key]
-
-
-# --- The example ----------------------------------------------------------------------------------
-
-EXAMPLE = ROOT / "config.example.env"
-
-
-def test_the_example_has_the_values_of_sipgate() -> None:
-    server = "https://login.sipgate.com/auth/realms/third-party/protocol/openid-connect"
-    assert dotenv_values(EXAMPLE, interpolate=False) == {
-        "CLIENT_ID": "YOUR_CLIENT_ID",
-        "CLIENT_SECRET": "YOUR_CLIENT_SECRET",
-        "OAUTH_SCOPE": "account:read",
-        "REDIRECT_URI": "http://localhost:8080/oauth",
-        "AUTH_URL": f"{server}/auth",
-        "TOKEN_URL": f"{server}/token",
-        "TEST_API_ENDPOINT": "https://api.sipgate.com/v2/account",
-    }
-
-
-def test_each_key_of_the_example_is_explained() -> None:
-    for paragraph in EXAMPLE.read_text(encoding="utf-8").split("\n\n"):
-        assert paragraph.startswith("# ")
-
-
-def test_in_a_copy_of_the_example_only_the_placeholders_are_wrong(
-    start: Start, moved_script: Path
-) -> None:
-    shutil.copy(EXAMPLE, moved_script.with_name("config.env"))
-    stderr = expect_wrong_configuration(start())
-    assert keys_in(stderr) == ["CLIENT_ID", "CLIENT_SECRET"]
-    assert stderr.count("placeholder") == 2
-
-
-def test_a_copy_of_the_example_with_id_and_secret_works(tmp_path: Path) -> None:
-    file = tmp_path / "config.env"
-    text = EXAMPLE.read_text(encoding="utf-8")
-    file.write_text(text.replace("=YOUR_CLIENT_", "=my_"), encoding="utf-8")
-    config = load_config(file)
-    assert (config["CLIENT_ID"], config["CLIENT_SECRET"]) == ("my_ID", "my_SECRET")
-
-
-# --- Options --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "seconds", ["0", "-1", "-0.5", "nan", "inf", "-inf", "86401", "86400.001", "1e999", "abc", ""]
-)
-def test_a_timeout_that_could_not_work_is_wrong_usage(start: Start, seconds: str) -> None:
-    script = start(f"--timeout={seconds}")
-    assert script.status() == 2
-    assert script.stdout == ""
-    assert script.stderr.startswith("usage: ")
-    assert "--timeout" in script.stderr.splitlines()[-1]
-    assert "Traceback" not in script.stderr
-
-
-@pytest.mark.parametrize("seconds", ["60", "59.5", "6e3", "86400"])
-def test_a_timeout_of_at_most_a_day_works(sandbox: Sandbox, start: Start, seconds: str) -> None:
-    expect_a_login(start("--timeout", seconds, **sandbox.environment))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--config"], "--config"),
-        (["--timeout"], "--timeout"),
-        (["--timeout", "--paste"], "--timeout"),
-        (["--no-browser=yes"], "--no-browser"),
-        (["--paste=yes"], "--paste"),
-        (["--show-tokens=yes"], "--show-tokens"),
-        (["--no-such-option"], "--no-such-option"),
-        (["config.env"], "config.env"),
-    ],
-)
-def test_wrong_usage_names_the_option(start: Start, arguments: list[str], named: str) -> None:
-    script = start(*arguments)
-    assert script.status() == 2
-    assert script.stdout == ""
-    assert script.stderr.startswith("usage: ")
-    assert named in script.stderr.splitlines()[-1]
-    assert "Traceback" not in script.stderr
-
-
-def helps(start: Start) -> dict[str, str]:
-    """Return the help text of each option."""
-    script = start("--help", COLUMNS="500")
+
+def test_all_that_is_wrong_is_named_at_once_with_status_2(start: Start, file: Path) -> None:
+    wrong = {"CLIENT_SECRET": "", "REDIRECT_URI": "http://localhost/a b", "AUTH_URL": ""}
+    # Without a =, a line may be the rest of a secret.
+    file.write_text(lines(**wrong, CLIENT_SCRT=SECRET) + f"half-of-{SECRET}\n")
+    script = start(f"--config={file}")
+    assert (script.status(), script.stdout) == (2, "")
+    named = re.findall(r"(Error|\w+_\w+)(?:: The| is| should)", script.stderr)
+    assert named == ["Error", *wrong, "CLIENT_SCRT"]
+    assert f" program.\nCorrect it in {file}, or in the environment, which wins." in script.stderr
+    assert SECRET not in script.stderr
+
+
+TIMEOUTS = [f"--timeout={seconds}" for seconds in ("nan", "inf", "0", "-1", "abc", "86400.5")]
+
+
+@pytest.mark.parametrize("argument", [*TIMEOUTS, "--no-such-option", "--show-tokens=1", "a.env"])
+def test_wrong_usage_names_the_option(start: Start, argument: str) -> None:
+    script = start(argument)
+    assert (script.status(), script.stdout) == (2, "")
+    assert argument.partition("=")[0] in script.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("seconds", ["0.5", "86400"])
+def test_a_timeout_of_up_to_a_day_is_taken(server: OddServer, start: Start, seconds: str) -> None:
+    assert f" {seconds} s" in start("--timeout", seconds, **server.environment).until("3. ")
+
+
+def test_the_help_names_all_options_with_their_defaults(start: Start) -> None:
+    script = start("--help", COLUMNS="500", NO_COLOR="1")
     assert script.status() == 0
-    assert script.stderr == ""
-    options = re.findall(r"^  (--\S+)( [A-Z]+)?  +(\S.+)$", script.stdout, re.MULTILINE)
-    return {name: text for name, _, text in options}
+    options = re.findall(r"^  (--\S+(?: [A-Z]+)?)  ", script.stdout, re.MULTILINE)
+    assert options == ["--config FILE", "--no-browser", "--timeout SECONDS", "--show-tokens"]
+    defaults = re.findall(r"\(default: (.+)\)\n", script.stdout)
+    assert defaults == [str(ROOT / "config.env"), "open it", "300", "masked"]
 
 
-def test_the_help_has_each_option(start: Start) -> None:
-    assert sorted(helps(start)) == sorted(OPTIONS)
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_the_help_of_an_option_says_its_default(start: Start, option: str) -> None:
-    assert re.search(r"\(default: .+\)", helps(start)[option])
-
-
-def test_the_defaults_are_the_file_beside_the_module_and_five_minutes(
-    start: Start, moved_script: Path
+@pytest.mark.parametrize(("version", "said"), [((3, 9), "3.10 or newer"), ((3, 10, 0), "Run it")])
+def test_an_old_python_and_missing_packages_are_one_error_each(
+    environment: dict[str, str], version: tuple[int, ...], said: str
 ) -> None:
-    texts = helps(start)
-    assert f"default: {moved_script.with_name('config.env')}" in texts["--config"]
-    assert "default: 300" in texts["--timeout"]
+    run = f"import runpy, sys; sys.version_info = {version}; runpy.run_path(sys.argv[1])"
+    python = [sys.executable, "-S", "-c", run, str(SCRIPT)]  # -S: without the installed packages
+    ended = subprocess.run(python, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(rf"Error: .+\n.*{said}.*\n", ended.stderr)
+    # What an old Python can't read, it can't run: there, only the syntax of its time is an error.
+    ast.parse(SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 6))

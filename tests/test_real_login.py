@@ -1,0 +1,189 @@
+"""The login at a real Keycloak, which sipgate's login server is, too, in a real Chromium."""
+
+import re
+from collections.abc import Callable
+from urllib.parse import urljoin
+
+import pytest
+import requests
+from keycloak import PASSWORD, START_TIMEOUT, USERNAME, Keycloak
+from odd_server import OddServer, answer
+from playwright.sync_api import Page, expect
+from script import PATIENCE, Script, free_port, visit
+
+pytestmark = [pytest.mark.xdist_group("keycloak"), pytest.mark.timeout(START_TIMEOUT + 60)]
+
+Begin = Callable[..., Script]
+
+expect.set_options(timeout=PATIENCE * 1000)  # milliseconds
+
+
+@pytest.fixture
+def redirect_uri() -> str:
+    return f"http://localhost:{free_port()}/oauth"
+
+
+@pytest.fixture
+def begin(keycloak: Keycloak, redirect_uri: str, start: Callable[..., Script]) -> Begin:
+    """Start the script for the first login that Keycloak sees: begin(*options, **variables)."""
+    keycloak.forget_consent()
+    usual = keycloak.environment(redirect_uri)
+    return lambda *options, **variables: start(*options, **{**usual, **variables})
+
+
+def sign_in(page: Page, password: str = PASSWORD) -> None:
+    page.get_by_label("Username or email").fill(USERNAME)
+    page.get_by_label("Password", exact=True).fill(password)
+    page.get_by_role("button", name="Sign In").click()
+
+
+def consent(page: Page, button: str = "Yes") -> None:
+    expect(page.get_by_text("Read your account")).to_be_visible()
+    page.get_by_role("button", name=button).click()
+
+
+def log_in(page: Page, script: Script) -> None:
+    page.goto(script.url())
+    sign_in(page)
+    consent(page)
+
+
+def expect_title(page: Page, title: str) -> None:
+    expect(page.get_by_role("heading")).to_have_text(title)
+
+
+# --- What Keycloak says ---------------------------------------------------------------------------
+
+
+def test_a_login_ends_well_after_a_mistyped_password(begin: Begin, page: Page) -> None:
+    script = begin()
+    page.goto(script.url())
+    sign_in(page, "mistyped")
+    expect(page.get_by_text("Invalid username or password.")).to_be_visible()
+    sign_in(page)
+    consent(page)
+    expect_title(page, "The login came through")
+    assert (script.status(), script.stderr) == (0, "")
+    assert script.stdout.count('"preferred_username": "alice"') == 2
+
+
+def test_a_refused_consent_is_told_in_the_browser_and_the_terminal(
+    begin: Begin, page: Page
+) -> None:
+    script = begin()
+    page.goto(script.url())
+    sign_in(page)
+    consent(page, "No")
+    expect_title(page, "The login did not come through")
+    expect(page.get_by_text("access_denied")).to_be_visible()
+    assert script.status() == 1
+    assert re.search("access_denied.*start again and allow the access", script.stderr, re.DOTALL)
+
+
+def test_a_wrong_client_secret_is_told_after_the_login(begin: Begin, page: Page) -> None:
+    script = begin(CLIENT_SECRET="wrong")
+    log_in(page, script)
+    expect_title(page, "The login came through")
+    assert script.status() == 1
+    error = "401 Unauthorized: unauthorized_client.*Check CLIENT_ID and CLIENT_SECRET"
+    assert re.search(error, script.stderr, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("path", "client", "error"),
+    [
+        ("/unknown", "command-line-example", "Invalid parameter: redirect_uri"),
+        ("/oauth", "unknown", "Client not found"),
+    ],
+)
+def test_an_error_that_stays_in_the_browser_does_not_end_the_wait(
+    begin: Begin, page: Page, redirect_uri: str, path: str, client: str, error: str
+) -> None:
+    uri = urljoin(redirect_uri, path)
+    page.goto(begin(REDIRECT_URI=uri, CLIENT_ID=client).url())
+    expect(page.get_by_text(error)).to_be_visible()
+    assert "The terminal still waits for the login." in visit(uri).text
+
+
+def test_the_old_refresh_token_is_refused_after_the_login(
+    begin: Begin, page: Page, keycloak: Keycloak
+) -> None:
+    script = begin("--show-tokens")
+    log_in(page, script)
+    assert script.status() == 0
+    old, new = re.findall(r'"refresh_token": "(\S+)"', script.stdout)
+    assert old != new
+    known = keycloak.environment("")
+    form = {"client_id": known["CLIENT_ID"], "client_secret": known["CLIENT_SECRET"]}
+    form |= {"grant_type": "refresh_token", "refresh_token": old}
+    refusal = requests.post(known["TOKEN_URL"], form, timeout=PATIENCE)
+    assert refusal.json()["error"] == "invalid_grant"
+
+
+# --- What Chromium does ---------------------------------------------------------------------------
+
+
+def test_the_page_can_load_nothing_and_does_not_tell_its_address(
+    begin: Begin, page: Page, server: OddServer
+) -> None:
+    log_in(page, begin())
+    expect_title(page, "The login came through")
+    load = "src => new Promise(then => Object.assign(new Image(), {onerror: then, src}))"
+    page.evaluate(load, f"http://{server.host}/image")
+    server.answers["/next"] = [answer(b"<h1>Next</h1>", "Content-Type: text/html")]
+    page.evaluate("url => { location = url }", f"http://{server.host}/next")
+    expect_title(page, "Next")
+    seen = {it.target: it.headers["Referer"] for it in server.requests}
+    assert "/image" not in seen
+    assert seen["/next"] is None
+
+
+def test_requests_of_another_page_do_not_end_the_wait(
+    begin: Begin, page: Page, redirect_uri: str, server: OddServer
+) -> None:
+    script = begin()
+    strays = ("/favicon.ico", "/oauth", "/oauth?error=other", "/oauth?code=a-code&state=foreign")
+    urls = [urljoin(redirect_uri, stray) for stray in strays]
+    html = "".join(f"<link rel=prefetch href='{url}'><img src='{url}'>" for url in urls)
+    server.answers["/"] = [answer(html.encode(), "Content-Type: text/html")]
+    script.url()
+    page.goto(f"http://{server.host}/")
+    log_in(page, script)
+    expect_title(page, "The login came through")
+    assert script.status() == 0
+    assert script.stderr.count("old tab") == 1
+
+
+def test_an_old_tab_is_refused_and_a_new_one_logs_in(begin: Begin, page: Page) -> None:
+    before = begin()
+    page.goto(before.url())
+    before.process.kill()
+    before.status()
+    script = begin()
+    script.url()
+    sign_in(page)
+    consent(page)
+    expect(page.get_by_text("The terminal still waits for the login.")).to_be_visible()
+    page.goto(script.url())  # Keycloak knows the person by now
+    expect_title(page, "The login came through")
+    assert script.status() == 0
+    assert "old tab" in script.stderr
+
+
+def test_the_address_can_be_pasted_if_the_browser_makes_it_https(
+    begin: Begin, page: Page, redirect_uri: str
+) -> None:
+    """A service worker sees to it, which another project has left in the browser for this port."""
+    https = "event.request.url.replace('http:', 'https:')"
+    worker = f"onfetch = event => event.respondWith(Response.redirect({https}))"
+    home, workers = urljoin(redirect_uri, "/"), "navigator.serviceWorker"
+    route = page.context.route
+    route(home, lambda it: it.fulfill(content_type="text/html"))
+    route(f"{home}worker", lambda it: it.fulfill(content_type="text/javascript", body=worker))
+    page.goto(home)
+    page.evaluate(f"{workers}.register('/worker').then(() => {workers}.ready)")
+    script = begin()
+    with page.expect_event("requestfailed", lambda it: "https://localhost" in it.url) as failed:
+        log_in(page, script)
+    script.type(f"{failed.value.url}\n")
+    assert (script.status(), script.stderr) == (0, "")
