@@ -81,8 +81,7 @@ def log_in(options: argparse.Namespace) -> None:
         say("5. Account: what the access token opens")
         get_account(session, config["TEST_API_ENDPOINT"], tokens["access_token"])
 
-        # Here to show it: a program does so before the access token expires (see expires_in), and
-        # stores the new pair before it uses it.
+        # Here to show it. A program refreshes before expires_in is over, and stores what it gets.
         say("6. Refresh: the refresh token becomes a new pair; at sipgate, this ends the old one")
         tokens = refresh_tokens(session, config, tokens)
         say("   The account again, with the new access token")
@@ -516,8 +515,7 @@ def show_answer(response: requests.Response, show_tokens: bool) -> Json:
 
 
 def masked(value: Any, name: str, show_tokens: bool = False) -> Any:
-    """Return a parameter, or JSON, with its secrets masked: what its name says is secret, and all
-    that this holds. show_tokens: leave tokens as they are"""
+    """Return a value, or JSON, without what its name says is secret; show_tokens keeps tokens."""
     name = name.lower()
     if show_tokens and name.endswith("token"):
         return value
@@ -536,8 +534,7 @@ def masked(value: Any, name: str, show_tokens: bool = False) -> Any:
 def describe(answer: dict[str, Any]) -> str:
     """Return the error in an answer or a callback (RFC 6749, sections 4.1.2.1 and 5.2)."""
     texts = [answer.get("error"), answer.get("error_description")]
-    text = ": ".join(text for text in texts if text and isinstance(text, str))
-    return text[:500].rstrip(".") or "see above"
+    return ": ".join(t for t in texts if t and isinstance(t, str))[:500].rstrip(".") or "see above"
 
 
 def say(*lines: str, file: TextIO | None = None) -> None:
