@@ -415,7 +415,7 @@ class CallbackServer(socketserver.ThreadingTCPServer):
     """Listens on one loopback address, with a thread for each connection: a browser leaves some
     idle. (An HTTPServer first looks up the name of this machine, which can take seconds.)"""
 
-    daemon_threads = True  # the end of the program does not wait for them either
+    daemon_threads = True  # the end of the program does not wait for them
     request_queue_size = 128  # connections
     allow_reuse_address = sys.platform != "win32"  # there it would let others take the port, too
 
@@ -467,7 +467,7 @@ def callback_server(redirect_uri: str, state: str) -> Iterator[Callbacks]:
 def read_pasted(state: str, callbacks: Callbacks) -> None:
     """Read pasted addresses from stdin, until one is the callback of this login, or the end."""
     with contextlib.suppress(AttributeError, OSError):  # from an stdin that is closed
-        # Unbuffered, because the exit of Python would wait for the lock of a buffer.
+        # Unbuffered: it takes no more than a line at a time, and the exit waits for no lock.
         for line in io.FileIO(sys.stdin.fileno(), closefd=False):
             # People copy quotes, too, and browsers leave out the scheme, or add a #.
             address = line.decode(errors="replace").strip(" \t\r\n\"'<>")

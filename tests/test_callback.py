@@ -1,592 +1,260 @@
-"""The callback server: only the one callback ends the wait, whatever else reaches the port."""
+"""The callback: what ends the wait for it, and what never does, whatever reaches the port."""
 
 import contextlib
 import socket
-import ssl
 import struct
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import pytest
+from odd_server import OddServer, Request, failed_login, json_answer
 from sandbox import Sandbox
-from script import (
-    PATIENCE,
-    Script,
-    answer_login_page,
-    free_port,
-    ipv6_works,
-    log_in,
-    visit,
-)
+from script import PATIENCE, Script, answer_login_page, free_port, ipv6_works, visit
+
+import sipgate_oauth as program
+from sipgate_oauth import FOREIGN_STATE, LoginError, callback_server, check_callback
 
 Start = Callable[..., Script]
-
-FOREIGN_STATE = "State in the callback does not match the state in the original request"
-
 needs_ipv6 = pytest.mark.skipif(not ipv6_works(), reason="this machine has no IPv6")
-linux_only = pytest.mark.skipif(
-    sys.platform != "linux", reason="elsewhere the more specific address takes precedence"
-)
+
+STATE = "our-state"
+QUERY = f"code=a-code&state={STATE}"
+CALLBACK = {"code": "a-code", "state": STATE}
+# What comes to the redirect URI and is no callback of this login, and the status of the answer.
+REFUSED = {
+    **dict.fromkeys(["", "hello=world", "error_description=no", "code", "code=&error="], 400),
+    **{f"state={STATE}{rest}": 400 for rest in ("", "&code=", "&error=", "&error_description=no")},
+    **{f"{QUERY}&{again}": 400 for again in ("code=a-code", "c%6Fde=b", "code=", "x&x", "error=e")},
+    **{f"{QUERY}&state={again}": 400 for again in (STATE, "another", "")},
+    **{f"{it}=foreign": 403 for it in ("code", "error", "state")},
+    **{f"code=a&{it}": 403 for it in ("state=", f"STATE={STATE}", f"state%20={STATE}", ";state=x")},
+    **{f"code=a&state={it}{STATE}": 403 for it in ("x", "+", "%00", "%E2%82%AC", "ü")},
+    **{f"code=a&state={it}": 403 for it in (STATE[:-1], STATE.upper(), "%", "%FF%FE", "%ED%A0%80")},
+    "code=a" + "".join(f"&p{number}=" for number in range(5000)): 403,
+}
+ON_EVERY_PAGE = "Content-Security-Policy: default-src 'none'\nCache-Control: no-store\n"
+ON_EVERY_PAGE += "Referrer-Policy: no-referrer\n"
 
 
-# --- What a test sends, and what it gets ----------------------------------------------------------
+@pytest.fixture
+def uri() -> str:
+    return f"http://localhost:{free_port()}/oauth"
 
 
-def connect(port: int, address: str = "127.0.0.1") -> socket.socket:
-    return socket.create_connection((address, port), timeout=PATIENCE)
+def connect(uri: str, address: str = "127.0.0.1") -> socket.socket:
+    return socket.create_connection((address, urlsplit(uri).port or 0), timeout=5)
 
 
-def can_connect(address: str, port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=2):
+def can_connect(uri: str, address: str = "127.0.0.1") -> bool:
+    with contextlib.suppress(OSError), connect(uri, address):
         return True
     return False
-
-
-def read_to_the_end(connection: socket.socket) -> bytes:
-    return b"".join(iter(lambda: connection.recv(65536), b""))
-
-
-def send(port: int, request: bytes, address: str = "127.0.0.1") -> bytes:
-    """Send a request and then no more, and return all that comes back."""
-    with connect(port, address) as connection:
-        connection.sendall(request)
-        connection.shutdown(socket.SHUT_WR)
-        return read_to_the_end(connection)
-
-
-def send_at_once(port: int, requests: list[bytes]) -> list[bytes]:
-    """Send requests that are all completed in the same moment, and return what comes back."""
-    with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(connect(port)) for _ in requests]
-        for connection, request in zip(connections, requests, strict=True):
-            connection.sendall(request[:-1])
-        for connection, request in zip(connections, requests, strict=True):
-            with contextlib.suppress(ConnectionError):  # the program may have ended
-                connection.sendall(request[-1:])
-        return [answer_on(connection) for connection in connections]
-
-
-def answer_on(connection: socket.socket) -> bytes:
-    """Return what comes back, or nothing if the program has ended."""
-    with contextlib.suppress(ConnectionError):
-        return read_to_the_end(connection)
-    return b""
-
-
-def reset(connection: socket.socket) -> None:
-    """Close a connection as a crash does: with a reset, and without a goodbye."""
-    linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    connection.close()
 
 
 def get(target: str) -> bytes:
     return f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
 
 
-def status_of(answer: bytes) -> int:
-    """Return the status in an answer, which has to begin with a status line."""
-    version, status = answer.split(b" ", 2)[:2]
-    assert version in (b"HTTP/1.0", b"HTTP/1.1"), answer
-    return int(status)
+def send(uri: str, request: bytes, address: str = "127.0.0.1") -> str:
+    """Send a request and then no more, and return the answer, or nothing if there is none."""
+    with contextlib.suppress(ConnectionError), connect(uri, address) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile(encoding="utf-8") as answer:
+            return answer.read()
+    return ""
 
 
-def client_hello() -> bytes:
-    """Return what a browser sends first to an https address."""
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    client = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
-    with contextlib.suppress(ssl.SSLWantReadError):
-        client.do_handshake()
-    return outgoing.read()
+def send_and_reset(uri: str, request: bytes) -> None:
+    """Send a request, and close the connection as a crash does, without a goodbye."""
+    with connect(uri) as connection:
+        linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        connection.sendall(request)
 
 
-class Wait:
-    """A script that waits, and the callback that it waits for, of a person who has logged in."""
-
-    def __init__(self, script: Script, sandbox: Sandbox) -> None:
-        self.script, self.sandbox = script, sandbox
-        self.state = script.state()
-        self.callback = answer_login_page(script.url())
-        uri = urlsplit(self.callback)
-        self.port, self.target = uri.port or 0, f"{uri.path}?{uri.query}"
-
-    def refuses(self, request: bytes) -> bool:
-        """Whether the answer to a request is a refusal that a client understands as its fault."""
-        return status_of(send(self.port, request)) in {*range(400, 500), 501, 505}
-
-    def goes_on(self) -> bool:
-        """Whether the real callback still leads to the account, and is the first to do so."""
-        page = visit(self.callback)
-        return (
-            "The login came through" in page.text
-            and self.script.status() == 0
-            and self.sandbox.exchanges == 1
-        )
+@pytest.mark.parametrize("query", REFUSED, ids=lambda query: query[:60])
+def test_what_is_no_callback_of_this_login_is_refused(query: str) -> None:
+    with pytest.raises(program.CallbackRefused) as refused:
+        check_callback(query, STATE)
+    assert refused.value.args[0] == REFUSED[query]
 
 
-@pytest.fixture
-def wait(sandbox: Sandbox, start: Start) -> Wait:
-    return Wait(start(**sandbox.environment), sandbox)
+def test_a_code_or_an_error_with_our_state_is_the_callback() -> None:
+    assert check_callback(f"{QUERY}&error=&x=1", STATE) == {**CALLBACK, "x": "1"}
+    assert check_callback(f"state={STATE}&error=e&code=", STATE) == {"error": "e", "state": STATE}
+    assert check_callback("code=%C3%BC+%26&state=%C3%BC", "ü") == {"code": "ü &", "state": "ü"}
 
 
-# --- What does not end the wait -------------------------------------------------------------------
-
-
-def test_a_stray_favicon_does_not_end_the_wait(wait: Wait) -> None:
-    assert status_of(send(wait.port, get("/favicon.ico"))) == 404
-    assert wait.goes_on()
-    assert wait.script.stderr == ""
-
-
-def test_a_request_for_another_path_does_not_end_the_wait(wait: Wait) -> None:
-    query = f"code=a-code&state={wait.state}"
-    targets = [
-        "/",
-        f"/?{query}",
-        f"/oauth/?{query}",
-        f"/oauth/callback?{query}",
-        f"/OAUTH?{query}",
-        f"/%6Fauth?{query}",
-        f"/oauth;x?{query}",
-        f"/oauth%3F{query}",
-        f"/favicon.ico?{query}",
-        "*",
+def test_nothing_else_ends_or_delays_the_wait(sandbox: Sandbox, start: Start) -> None:
+    script = start(**sandbox.environment)
+    callback, state = answer_login_page(script.url()), script.state()
+    whole = get(f"/oauth?code=a-code&state={state}")
+    head = whole.removesuffix(b"\r\n")
+    paths = ["", "oauth/", "OAUTH", "%6Fauth", "oauth;x", "oauth%3F", "favicon.ico", "a/oauth"]
+    preflight = b"Origin: https://x.example\r\nAccess-Control-Request-Method: GET\r\n\r\n"
+    strays = {
+        **{whole.replace(b"oauth", path.encode()): 404 for path in paths},
+        **{get(f"/oauth?{query.replace(STATE, state)}"): REFUSED[query] for query in REFUSED},
+        **{whole.replace(b"GET", it): 501 for it in b"HEAD POST OPTIONS PUT TRACE get X".split()},
+        head.replace(b"GET", b"OPTIONS") + preflight: 501,
+        head.replace(b"GET", b"POST") + b"Content-Length: 5\r\n\r\nhello": 501,
+        **{whole.replace(b"/oauth", it): 400 for it in (b"http://[/oauth", b"/oauth ")},
+        whole.split(b" HTTP")[0].ljust(65537, b"x"): 414,
+        head + b"X: ".ljust(65537, b"x"): 431,
+        head + b"X: x\r\n" * 101 + b"\r\n": 431,
+    }
+    for request, status in strays.items():
+        answer = send(callback, request)
+        assert answer.startswith(f"HTTP/1.0 {status} "), request[:200]
+        assert ON_EVERY_PAGE in answer, request[:200]
+        assert "access-control" not in answer.lower(), request[:200]
+        assert "foreign" not in answer, request[:200]
+    # What follows gets no status. A line that is cut off could hold a part of the code.
+    line = f"GET /oauth?state={state}&code=a-code HTTP/1.1".encode()
+    versions = [b"", b"HTTP/0.9", b"HTTP/2.0", b"HTTP/11.1", b"HTTP/one", b"http/1.1"]
+    no_requests = [
+        *(line[:length] for length in range(len(line))),
+        *(line.replace(b"HTTP/1.1", version) + b"\r\n\r\n" for version in versions),
+        *(line.replace(b"GET ", start) + b"\r\n\r\n" for start in (b"", b"GET", b"\0GET ")),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)),  # TLS
+        b"x" * 65_537,
     ]
-    for target in targets:
-        assert status_of(send(wait.port, get(target))) == 404, target
-    assert wait.goes_on()
-    assert wait.script.stderr == ""
+    for request in no_requests:
+        assert "came through" not in send(callback, request), request[:200]
+    for request in (b"", b"G", head, get("/favicon.ico")):
+        send_and_reset(callback, request)
+    began = time.monotonic()
+    with contextlib.ExitStack() as idle:
+        for request in (b"", b"G", head, b"\x16"):
+            idle.enter_context(connect(callback)).sendall(request)
+        assert "came through" in visit(callback).text
+        assert (script.status(), sandbox.exchanges) == (0, 1)
+    assert time.monotonic() - began < program.CallbackHandler.timeout
+    with callback_server(callback, STATE):
+        pass  # the port is free again, though the system keeps it back for the idle connections
+    assert script.stderr == f"{FOREIGN_STATE}\nIf it is an old tab, use the URL above.\n"
 
 
-def test_the_path_without_an_answer_does_not_end_the_wait(wait: Wait) -> None:
-    state = f"state={wait.state}"
-    queries = ["", "?", "?hello=world", f"?{state}", f"?{state}&code=", f"?{state}&code"]
-    queries += [f"?{state}&error=", f"?{state}&code=&error=", f"?{state}&error_description=no"]
-    for query in queries:
-        assert wait.refuses(get(f"/oauth{query}")), query
-    assert wait.goes_on()
-    assert wait.script.stderr == ""
+@needs_ipv6
+@pytest.mark.parametrize("at", ["localhost:{}", "LOCALHOST:{}/", "127.0.0.1:{}/a", "[::1]:{}/b~/"])
+def test_each_loopback_host_and_path_is_served(at: str) -> None:
+    uri = f"http://{at.format(free_port())}"
+    addresses = program.LOOPBACK[urlsplit(uri).hostname or ""]
+    with callback_server(uri, STATE) as callbacks:
+        for address in addresses:
+            for target in (urlsplit(uri).path or "/", uri):  # as a browser and as a proxy say it
+                assert "came through" in send(uri, get(f"{target}?{QUERY}"), address)
+                assert callbacks.get(timeout=PATIENCE) == CALLBACK
+        for address in {"127.0.0.1", "::1", "127.0.0.2"} - {*addresses}:
+            assert not can_connect(uri, address)
 
 
-@pytest.mark.parametrize("answer", ["code=a-code", "error=access_denied"])
-def test_an_answer_with_a_wrong_state_does_not_end_the_wait(wait: Wait, answer: str) -> None:
-    state = wait.state
-    wrong = ["another", state[:1], state[:-1], state[1:], f"{state}x", state * 2, state.swapcase()]
-    odd = [f"{state}%20", f"+{state}", f"{state}%00", "%00", "%", "%zz", "%FF%FE", "%ED%A0%80"]
-    non_ascii = ["ü", "%C3%BC", f"{state}ü", "%E2%82%AC" * 43]
-    absent = ["", "&state", "&state=", f"&STATE={state}", f"&state%20={state}", f";state={state}"]
-    for parameter in absent + [f"&state={value}" for value in wrong + odd + non_ascii]:
-        assert wait.refuses(get(f"/oauth?{answer}{parameter}")), parameter
-    assert wait.goes_on()
+def test_eight_callbacks_at_once_exchange_the_code_once(sandbox: Sandbox, start: Start) -> None:
+    script = start(**sandbox.environment)
+    callback = answer_login_page(script.url())
+    with ThreadPoolExecutor(8) as browsers:
+        pages = list(browsers.map(send, [callback] * 8, [get(callback)] * 8))
+    assert any(page.startswith("HTTP/1.0 200 The login came through") for page in pages)
+    assert (script.status(), sandbox.exchanges) == (0, 1)
 
 
-def test_a_repeated_parameter_does_not_end_the_wait(wait: Wait) -> None:
-    state, code = f"state={wait.state}", "code=a-code"
-    queries = [
-        f"{code}&{state}&{code}",
-        f"{code}&{state}&code=another",
-        f"{code}&{state}&code=",
-        f"{code}&{state}&c%6Fde=another",
-        f"{code}&{state}&{state}",
-        f"{code}&state=another&{state}",
-        f"{code}&{state}&state=another",
-        f"{code}&state=&{state}",
-        f"error=access_denied&{state}&error=access_denied",
-        f"{code}&{state}&unknown=1&unknown=2",
-        f"{code}&{state}&unknown&unknown",
-    ]
-    for query in queries:
-        assert wait.refuses(get(f"/oauth?{query}")), query
-    assert wait.goes_on()
+def test_the_port_closes_while_the_exchange_still_hangs(server: OddServer, start: Start) -> None:
+    uri = server.environment["REDIRECT_URI"]
+
+    def wait_for_the_port(_: Request) -> bytes:
+        while can_connect(uri):
+            pass
+        return json_answer({"it is": "closed"})
+
+    server.answer_at("code for tokens", wait_for_the_port)
+    script = start(**server.environment)
+    failed_login(script, server)
+    assert '"it is": "closed"' in script.stdout
 
 
-def test_a_code_and_an_error_together_do_not_end_the_wait(wait: Wait) -> None:
-    assert wait.refuses(get(f"/oauth?code=a-code&error=access_denied&state={wait.state}"))
-    assert wait.goes_on()
+@pytest.mark.skipif(sys.platform == "win32", reason="there, a reset throws away what came before")
+def test_a_browser_that_hangs_up_before_the_page_still_logs_in(uri: str) -> None:
+    with callback_server(uri, STATE) as callbacks:
+        send_and_reset(uri, get(f"/oauth?{QUERY}"))
+        assert callbacks.get(timeout=PATIENCE) == CALLBACK
 
 
-def test_thousands_of_parameters_do_not_end_the_wait(wait: Wait) -> None:
-    thousands = "".join(f"&p{number}=" for number in range(5000))
-    assert wait.refuses(get(wait.target + thousands))
-    assert wait.goes_on()
-
-
-def test_another_method_does_not_end_the_wait(wait: Wait) -> None:
-    """Not even with the real code, which it does not spend either."""
-    methods = ["HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "get", "X"]
-    for method in methods:
-        request = get(wait.target).replace(b"GET", method.encode())
-        assert status_of(send(wait.port, request)) in (405, 501), method
-    assert wait.goes_on()
-    assert wait.script.stderr == ""
-
-
-def test_the_answer_to_head_has_no_body(wait: Wait) -> None:
-    answer = send(wait.port, get(wait.target).replace(b"GET", b"HEAD"))
-    assert answer.endswith(b"\r\n\r\n")
-
-
-def test_a_cors_preflight_is_not_allowed_anything(wait: Wait) -> None:
-    preflight = get(wait.target).replace(b"GET", b"OPTIONS").removesuffix(b"\r\n")
-    preflight += b"Origin: https://example.com\r\nAccess-Control-Request-Method: GET\r\n\r\n"
-    answer = send(wait.port, preflight)
-    assert status_of(answer) in (405, 501)
-    assert b"access-control" not in answer.lower()
-    assert wait.goes_on()
-
-
-def test_a_post_with_a_large_body_gets_its_answer_and_no_reset(wait: Wait) -> None:
-    length = 5_000_000
-    head = get(wait.target).replace(b"GET", b"POST").removesuffix(b"\r\n")
-    head += f"Content-Length: {length}\r\n\r\n".encode()
-    assert status_of(send(wait.port, head + b"x" * length)) in (405, 501)
-    assert wait.goes_on()
-
-
-def test_bytes_that_are_no_http_do_not_end_the_wait(wait: Wait) -> None:
-    requests = [
-        client_hello(),
-        bytes(1000),
-        bytes(range(256)),
-        bytes(reversed(range(256))),
-        b"SSH-2.0-OpenSSH_9.9\r\n",
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"x" * 200_000,
-    ]
-    for request in requests:
-        assert wait.refuses(request), request[:50]
-    assert wait.goes_on()
-    assert wait.script.stderr == ""
-
-
-def test_a_malformed_request_line_does_not_end_the_wait(wait: Wait) -> None:
-    target = wait.target
-    lines = [
-        "GET",
-        target,
-        f"{target} HTTP/1.1",
-        f"GET{target} HTTP/1.1",
-        f"GET {target}HTTP/1.1",
-        f"GET {target} HTTP/1.1 HTTP/1.1",
-        f"GET {target.replace('?', ' ?')} HTTP/1.1",
-        f"GET {target} HTTP",
-        f"GET {target} HTTP/1",
-        f"GET {target} HTTP/1.",
-        f"GET {target} HTTP/1.1.1",
-        f"GET {target} HTTP/one",
-        f"GET {target} HTTPS/1.1",
-        f"GET {target} http/1.1",
-        f"GET http://[{target} HTTP/1.1",
-    ]
-    for line in lines:
-        assert wait.refuses(f"{line}\r\nHost: localhost\r\n\r\n".encode()), line
-    assert wait.goes_on()
-    assert wait.script.stderr == ""
-
-
-@pytest.mark.parametrize("version", ["HTTP/0.9", "HTTP/2.0", "HTTP/11.1"])
-def test_another_version_of_http_does_not_end_the_wait(wait: Wait, version: str) -> None:
-    assert wait.refuses(f"GET {wait.target} {version}\r\n\r\n".encode())
-    assert wait.goes_on()
-
-
-def test_a_request_without_a_version_does_not_end_the_wait(wait: Wait) -> None:
-    """As HTTP/0.9 had it; what is cut off looks the same."""
-    for ending in ("\r\n", "\r\n\r\n", "\n", " \r\n", ""):
-        assert wait.refuses(f"GET {wait.target}{ending}".encode()), ending
-    assert wait.goes_on()
-
-
-def test_a_request_line_that_is_cut_off_does_not_end_the_wait(wait: Wait) -> None:
-    """The state is whole, so a part of the code would be taken for it."""
-    start = f"GET /oauth?state={wait.state}&code="
-    line = f"{start}{'c' * 32} HTTP/1.1"
-    for length in range(len(start), len(line)):
-        assert wait.refuses(line[:length].encode()), line[:length]
-    assert wait.goes_on()
-
-
-def test_an_overlong_request_line_does_not_end_the_wait(wait: Wait) -> None:
-    assert wait.refuses(get(f"{wait.target}&x={'x' * 66_000}"))
-    assert wait.goes_on()
-
-
-def test_an_overlong_header_does_not_end_the_wait(wait: Wait) -> None:
-    assert wait.refuses(get(wait.target).replace(b"localhost", b"x" * 70_000))
-    assert wait.goes_on()
-
-
-def test_too_many_headers_do_not_end_the_wait(wait: Wait) -> None:
-    headers = "".join(f"X-{number}: x\r\n" for number in range(500))
-    assert wait.refuses(get(wait.target).removesuffix(b"\r\n") + headers.encode() + b"\r\n")
-    assert wait.goes_on()
-
-
-def test_a_connection_without_a_request_does_not_end_the_wait(wait: Wait) -> None:
-    for sent in (b"", b"\r\n", b"\n\n", b"  \r\n\r\n"):
-        send(wait.port, sent)
-    assert wait.goes_on()
-    assert wait.script.stderr == ""
-
-
-def test_connections_that_are_reset_do_not_end_the_wait(wait: Wait) -> None:
-    whole = get("/favicon.ico")
-    for sent in (b"", b"G", b"GET /oa", whole[:-2], whole, whole.replace(b"GET", b"POST")):
-        for page_awaited in (False, True):
-            connection = connect(wait.port)
-            connection.sendall(sent)
-            if page_awaited and sent.endswith(b"\r\n\r\n"):
-                connection.recv(1)
-            reset(connection)
-    assert wait.goes_on()
-    assert wait.script.stderr == ""
-
-
-def test_a_browser_that_hangs_up_before_the_page_still_logs_in(wait: Wait) -> None:
-    connection = connect(wait.port)
-    connection.sendall(get(wait.target))
-    reset(connection)
-    assert wait.script.status() == 0
-    assert wait.script.stderr == ""
-
-
-# --- A foreign state ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("answer", ["code=a-code", "error=access_denied"])
-def test_a_foreign_state_is_told_with_what_to_do(wait: Wait, answer: str) -> None:
-    page = send(wait.port, get(f"/oauth?{answer}&state=foreign-value"))
-    assert FOREIGN_STATE.encode() in page
-    assert wait.goes_on()
-    _, told, advice = wait.script.stderr.partition(FOREIGN_STATE)
-    assert told
-    assert len(advice.splitlines()) == 2
-
-
-def test_a_flood_of_foreign_states_is_told_once_and_not_repeated(wait: Wait) -> None:
-    foreign = get("/oauth?code=foreign-code&state=foreign-value")
-    answers = send_at_once(wait.port, [foreign] * 50)
-    assert [answer for answer in answers if status_of(answer) // 100 != 4] == []
-    assert [answer for answer in answers if b"foreign-value" in answer] == []
-    assert wait.goes_on()
-    assert wait.script.stderr.count(FOREIGN_STATE) == 1
-    assert "foreign-" not in wait.script.stderr
-
-
-# --- The first answer wins ------------------------------------------------------------------------
-
-
-def requests_for_tokens(sandbox: Sandbox) -> int:
-    path = urlsplit(sandbox.environment["TOKEN_URL"]).path
-    return sandbox.requests.count(("POST", path))
-
-
-def test_eight_callbacks_at_once_exchange_the_code_once(wait: Wait) -> None:
-    answers = send_at_once(wait.port, [get(wait.target)] * 8)
-    assert any(b"The login came through" in answer for answer in answers)
-    assert wait.script.status() == 0
-    assert wait.sandbox.exchanges == 1
-    assert requests_for_tokens(wait.sandbox) == 2  # the code, and later the refresh
-    assert wait.script.stderr == ""
-
-
-def test_eight_callbacks_of_which_one_is_an_error_have_one_outcome(wait: Wait) -> None:
-    error = get(f"/oauth?error=access_denied&state={wait.state}")
-    send_at_once(wait.port, [*[get(wait.target)] * 3, error, *[get(wait.target)] * 4])
-    refused = "access_denied" in wait.script.stderr
-    assert (wait.script.status(), wait.sandbox.exchanges) == ((1, 0) if refused else (0, 1))
-
-
-def test_an_error_that_comes_first_wins_over_a_code(wait: Wait) -> None:
-    send(wait.port, get(f"/oauth?error=access_denied&state={wait.state}"))
-    with contextlib.suppress(OSError):  # the port may be closed by now
-        send(wait.port, get(wait.target))
-    assert wait.script.status() == 1
-    assert wait.sandbox.exchanges == 0
-
-
-def test_the_port_is_closed_after_the_callback(sandbox: Sandbox, start: Start) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        silent.settimeout(PATIENCE)
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}/token"
-        wait = Wait(start(**{**sandbox.environment, "TOKEN_URL": url}), sandbox)
-        visit(wait.callback)
-        with silent.accept()[0]:  # the script goes on, and waits for its tokens
-            deadline = time.monotonic() + PATIENCE
-            for address in ("127.0.0.1", "::1"):
-                while can_connect(address, wait.port):
-                    assert time.monotonic() < deadline
-                    time.sleep(0.01)
-            assert wait.script.process.poll() is None
-
-
-# --- Connections ----------------------------------------------------------------------------------
-
-
-def test_an_idle_connection_is_not_kept_for_long(wait: Wait) -> None:
-    with socket.create_connection(("127.0.0.1", wait.port), timeout=PATIENCE) as idle:
+def test_an_idle_connection_is_not_kept(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program.CallbackHandler, "timeout", program.CallbackHandler.timeout / 50)
+    with callback_server(uri, STATE), connect(uri) as idle:
         assert idle.recv(1) == b""
 
 
-def test_idle_connections_and_half_requests_delay_neither_the_page_nor_the_end(wait: Wait) -> None:
-    halves = [b"GET", b"GET /oauth?code=", get(wait.target)[:-2], b"POST / HTTP/1.1\r\nHo", b"\x16"]
-    with contextlib.ExitStack() as stack:
-        for sent in [b""] * 100 + halves * 4:
-            stack.enter_context(connect(wait.port)).sendall(sent)
-        began = time.monotonic()
-        assert "The login came through" in visit(wait.callback).text
-        assert time.monotonic() - began < 2
-        assert wait.script.status() == 0
-        assert time.monotonic() - began < 4
+def test_a_hundred_connections_in_one_moment_do_not_have_to_try_again(uri: str) -> None:
+    with program.CallbackServer("127.0.0.1", urlsplit(uri), STATE, program.Callbacks()):
+        assert all(can_connect(uri) for _ in range(100))  # before it takes the first
 
 
-# --- Addresses and ports --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
-def test_localhost_gets_the_callback_on_either_address(wait: Wait, address: str) -> None:
-    assert b"The login came through" in send(wait.port, get(wait.target), address)
-    assert wait.script.status() == 0
-
-
-def addresses_of_this_machine() -> Iterator[str]:
-    """Yield addresses of this machine that are not those of localhost, as far as it has some."""
-    yield "127.0.0.2"
-    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((elsewhere, 9))  # this looks up the way there, and sends nothing
-            yield probe.getsockname()[0]
-
-
-def test_other_addresses_of_the_machine_are_not_served(wait: Wait) -> None:
-    reached = [it for it in addresses_of_this_machine() if can_connect(it, wait.port)]
-    assert reached == []
-    assert wait.goes_on()
-
-
-@pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST", "127.0.0.1", pytest.param("[::1]", marks=needs_ipv6)]
-)
-def test_each_loopback_host_works_in_the_redirect_uri(start: Start, host: str) -> None:
-    with Sandbox(redirect_uri=f"http://{host}:{free_port()}/oauth", port=0) as sandbox:
-        script = start(**sandbox.environment)
-        assert "The login came through" in log_in(script).text
-        assert script.status() == 0
-
-
-@pytest.mark.parametrize("path", ["", "/", "/a/long~path/with-a.dot_/"])
-def test_each_path_works_in_the_redirect_uri(start: Start, path: str) -> None:
-    with Sandbox(redirect_uri=f"http://localhost:{free_port()}{path}", port=0) as sandbox:
-        script = start(**sandbox.environment)
-        assert "The login came through" in log_in(script).text
-        assert script.status() == 0
-
-
-def listen(address: str, port: int, dual_stack: bool = False) -> socket.socket:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.create_server((address, port), family=family, dualstack_ipv6=dual_stack)
-
-
-@pytest.mark.parametrize(
-    ("address", "dual_stack"),
-    [
-        ("127.0.0.1", False),
-        pytest.param("::1", False, marks=needs_ipv6),
-        pytest.param("0.0.0.0", False, marks=linux_only),
-        pytest.param("::", False, marks=[needs_ipv6, linux_only]),
-        pytest.param("::", True, marks=[needs_ipv6, linux_only]),
-    ],
-)
-def test_a_port_in_use_is_an_error_before_the_url_is_printed(
-    sandbox: Sandbox, start: Start, address: str, dual_stack: bool
-) -> None:
-    port = urlsplit(sandbox.environment["REDIRECT_URI"]).port or 0
-    with listen(address, port, dual_stack):
+@needs_ipv6
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_a_port_in_use_is_told_before_the_url(sandbox: Sandbox, start: Start, host: str) -> None:
+    uri = sandbox.environment["REDIRECT_URI"]
+    with callback_server(uri.replace("localhost", host), STATE):
         script = start(**sandbox.environment)
         assert script.status() == 1
     assert "response_type" not in script.stdout
-    assert script.stderr.startswith("Error: ")
-    assert str(port) in script.stderr
-    assert "REDIRECT_URI" in script.stderr
-    assert "Traceback" not in script.stderr
+    assert f"Can't listen on port {urlsplit(uri).port} of {host.strip('[]')}: " in script.stderr
+    assert script.stderr.endswith(" Or stop what uses this port.\n")
 
 
-def test_a_second_run_at_the_same_time_leaves_the_first_alone(wait: Wait, start: Start) -> None:
-    assert start(**wait.sandbox.environment).status() == 1
-    assert wait.goes_on()
+def test_a_port_that_may_not_be_used_has_other_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    bind = Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(socket.socket, "bind", bind)
+    with pytest.raises(LoginError) as error, callback_server("http://localhost/oauth", STATE):
+        pass
+    bind.assert_called_once_with(("127.0.0.1", 80))
+    what = "Can't listen on port 80 of 127.0.0.1: Permission denied"
+    assert error.value.args == (what, program.OTHER_PORT)
 
 
-def can_bind(address: str, port: int, option: str = "") -> bool:
-    """Whether a program could take a port, with a socket option where there is such a one."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family) as program:
-        if hasattr(socket, option):
-            program.setsockopt(socket.SOL_SOCKET, getattr(socket, option), 1)
-        program.bind((address, port))
-        return True
-    return False
+def test_a_machine_without_ipv6_is_fine(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(program.LOOPBACK, "localhost", ["127.0.0.1", "2001:db8::1"])
+    with callback_server(uri, STATE):
+        assert can_connect(uri)
+    monkeypatch.setitem(program.LOOPBACK, "localhost", ["2001:db8::1"])
+    with pytest.raises(LoginError, match="of 2001:db8::1: "), callback_server(uri, STATE):
+        pass
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])
-def test_another_program_can_not_take_the_port(wait: Wait, address: str) -> None:
-    assert not can_bind(address, wait.port, "SO_REUSEADDR")
-    assert not can_bind(address, wait.port, "SO_REUSEPORT")
+def test_the_pages_say_how_the_login_went_and_the_first_answer_wins(uri: str) -> None:
+    refusal = f"state={STATE}&error=%3Cb%3E&error_description=You+said+no%26."
+    pages = {
+        "code=a&state=another": f"<h1>{FOREIGN_STATE}</h1>The terminal still waits for the login.",
+        refusal: "<h1>The login did not come through</h1>&lt;b&gt;: You said no&amp;.",
+        QUERY: "<h1>The login came through</h1>The terminal goes on from here.",
+    }
+    with callback_server(uri, STATE) as callbacks:
+        for query, text in pages.items():
+            page = send(uri, get(f"/oauth?{query}"))
+            assert page.endswith(text)
+            assert ON_EVERY_PAGE in page
+        with pytest.raises(LoginError, match=r"refused: <b>: You said no&'.*Start again\."):
+            program.wait_for_callback(uri, callbacks, PATIENCE)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows keeps no port back")
-def test_a_second_run_right_after_the_first_can_use_the_port_again(
-    wait: Wait, start: Start
-) -> None:
-    with connect(wait.port) as browser:
-        browser.sendall(get(wait.target))
-        read_to_the_end(browser)  # so it is the server that closes first, and has to wait
-    assert wait.script.status() == 0
-    assert not can_bind("127.0.0.1", wait.port)
-    second = start(**wait.sandbox.environment)
-    log_in(second)
-    assert second.status() == 0
+def test_after_30_s_errors_are_explained(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with callback_server(uri, STATE):
+        timers = [it for it in threading.enumerate() if isinstance(it, threading.Timer)]
+        hint = next(timer for timer in timers if timer.interval == 30)
+        send(uri, get("/favicon.ico"))  # which is not worth a word
+        hint.function(*hint.args, **hint.kwargs)  # as it will, then
+    assert hint.finished.is_set()  # so it will not, after the wait
+    assert capsys.readouterr() == ("", f"{program.BROWSER_ERRORS}\n")
 
 
-# --- The page -------------------------------------------------------------------------------------
-
-
-def test_no_page_is_stored_or_loads_anything_or_tells_its_address(wait: Wait) -> None:
-    requests = [
-        get("/favicon.ico"),
-        get("/oauth?code=1&state=2"),
-        get(wait.target).replace(b"GET", b"POST"),
-        b"\x16\x03\x01",
-        get(wait.target),
-    ]
-    for request in requests:
-        head, _, page = send(wait.port, request).decode().lower().partition("\r\n\r\n")
-        headers = dict(line.split(": ", 1) for line in head.splitlines()[1:])
-        assert headers["cache-control"] == "no-store", request
-        assert headers["referrer-policy"] == "no-referrer", request
-        assert "default-src 'none'" in headers["content-security-policy"], request
-        assert headers["content-type"] == "text/html; charset=utf-8", request
-        assert int(headers["content-length"]) == len(page.encode()), request
-        assert not any(it in page for it in ("src=", "href=", "url(", "@import", "//", "<script"))
-
-
-@pytest.mark.parametrize("parameter", ["error", "error_description"])
-def test_the_page_escapes_what_it_repeats(wait: Wait, parameter: str) -> None:
-    markup = "%3Cscript%3Ealert(1)%3C/script%3E%3Cb%20a=%22'%26amp;"
-    error = "" if parameter == "error" else "&error=access_denied"
-    page = visit(
-        f"{wait.callback.split('?')[0]}?state={wait.state}{error}&{parameter}={markup}"
-    ).text
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;&lt;b a=&quot;&#x27;&amp;amp;" in page
-    assert "<script" not in page
-    assert "<b " not in page
-
-
-def test_requests_are_not_logged(wait: Wait) -> None:
-    send(wait.port, get("/favicon.ico"))
-    send(wait.port, b"nonsense")
-    assert wait.goes_on()
-    assert wait.script.stderr == ""
-    assert "GET" not in wait.script.stdout
-    assert "session_state" not in wait.script.stdout
+def test_errors_are_explained_at_the_time_out(sandbox: Sandbox, start: Start) -> None:
+    script = start("--timeout", "0.3", **sandbox.environment)
+    assert script.status() == 1
+    assert script.stderr.startswith("Error: No callback came in 0.3 seconds.\nStart again; --time")
+    assert script.stderr.count(program.BROWSER_ERRORS) == 1

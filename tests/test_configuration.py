@@ -100,6 +100,7 @@ NOWHERE = """localhost/a //localhost/a ftp://localhost/ http://example.com/ http
 UNSEEN = ["{good} ", "\xa0{good}", "{good}\n", "a\x1bb", "a\u202eb", "{good}\u200b"]
 LIKE = "should look like {} (http only on localhost; a port from 1 to 65535)"
 TABLE = [
+    (KEYS, ["{good}"], ""),
     (KEYS, ["", " \t", "YOUR_{key}"], "is missing, empty or still the placeholder"),
     (KEYS, UNSEEN, "has a blank at one end, or a character that can't be seen"),
     (REDIRECT_URI, LOOPBACK.split(), ""),
@@ -133,8 +134,7 @@ def test_a_folder_and_another_encoding_can_not_be_read(tmp_path: Path) -> None:
 
 def test_all_that_is_wrong_is_named_at_once_with_status_2(start: Start, file: Path) -> None:
     wrong = {"CLIENT_SECRET": "", "REDIRECT_URI": "http://localhost/a b", "AUTH_URL": ""}
-    # Without a =, a line may be the rest of a secret.
-    file.write_text(lines(**wrong, CLIENT_SCRT=SECRET) + f"half-of-{SECRET}\n")
+    file.write_text(lines(**wrong, CLIENT_SCRT=SECRET) + f"{SECRET}\n{SECRET}==\n")  # no keys
     script = start(f"--config={file}")
     assert (script.status(), script.stdout) == (2, "")
     named = re.findall(r"(Error|\w+_\w+)(?:: The| is| should)", script.stderr)

@@ -95,7 +95,7 @@ def test_nothing_is_asked_after_a_failure(server: OddServer, start: Start, step:
 def test_without_a_refresh_token_the_account_is_shown(server: OddServer, start: Start) -> None:
     server.answer_at("code for tokens", json_answer({**TOKENS, "refresh_token": None}))
     script = start(**server.environment)
-    assert "/token sent no refresh token.\n" in failed_login(script, server)
+    assert " sent no refresh token.\n" in failed_login(script, server)
     assert '"company": "Odd Ltd"' in script.stdout
 
 
@@ -169,8 +169,8 @@ def test_what_could_steer_a_terminal_is_escaped(capsys: pytest.CaptureFixture[st
 
 
 def test_an_error_is_described_in_the_words_of_the_server() -> None:
-    assert describe({"error": 5, "error_description": "b."}) == "5: b"
-    assert describe({"error_description": "b", "error_uri": "c"}) == "b"
+    assert describe({"error": "a", "error_description": "b."}) == "a: b"
+    assert describe({"error": {"code": 5}, "error_description": "b", "error_uri": "c"}) == "b"
     assert describe({"error": "x" * 501}) == "x" * 500
     assert describe({"error": "", "message": "b"}) == "see above"
 

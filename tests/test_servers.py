@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from urllib.parse import urlsplit
 
 import pytest
 import trustme
@@ -51,17 +52,18 @@ def ask(session: Session, key: str, url: str) -> None:
 
 
 def failure(url: str, key: str = "TOKEN_URL", **variables: str) -> tuple[str, str]:
-    """Send a request that fails, and return what happened at the URL, and what to do about it."""
+    """Send a request that fails, and return what happened at the host, and what to do about it."""
     with environment_of(variables), Session(False) as session, pytest.raises(LoginError) as caught:
         ask(session, key, url)
     what, to_do = caught.value.args
-    assert url in what
+    assert urlsplit(url).netloc in what
     return what, to_do
 
 
 def test_four_requests_share_one_connection_and_ask_for_json(server: OddServer) -> None:
     assert four_requests(server) == NEW_TOKENS
-    assert [request.target for request in server.requests] == ["/token", "/account"] * 2
+    sent = [(request.method, request.target) for request in server.requests]
+    assert sent == [("POST", "/token"), ("GET", "/account")] * 2
     assert {request.headers["Accept"] for request in server.requests} == {"application/json"}
     assert not any("client_id" in request.headers for request in server.requests)
     assert server.connections == 1
@@ -252,17 +254,18 @@ def test_nesting_that_python_can_just_read_is_no_crash(server: OddServer, depth:
 def test_an_access_token_that_cannot_be_used_is_an_error(server: OddServer, odd: Any) -> None:
     for before in ([], [json_answer(TOKENS)]):
         server.answers["/token"] = [*before, json_answer(odd)]
-        with pytest.raises(LoginError, match="/token sent no bearer|/account: [IU]") as caught:
+        with pytest.raises(LoginError, match=" sent no bearer token|: [IU]") as caught:
             four_requests(server)
+        assert "Check T" in caught.value.args[1]
         assert "pAss" not in str(caught.value)
 
 
-@pytest.mark.parametrize("odd", [{}, {"refresh_token": None}, {"refresh_token": ""}])
+@pytest.mark.parametrize("odd", [{}, {"refresh_token": None}])
 def test_the_old_refresh_token_stays_unless_there_is_a_new_one(server: OddServer, odd: Any) -> None:
     said = {"access_token": "new", "token_type": "Bearer", **odd}
     server.answers["/token"] = [json_answer(TOKENS), json_answer(said)]
     assert four_requests(server) == {**said, "refresh_token": TOKENS["refresh_token"]}
-    with pytest.raises(LoginError, match="/token sent no refresh token"):
+    with pytest.raises(LoginError, match=f"{server.host} sent no refresh token"):
         four_requests(server)  # by now, the first answer has none either
     assert server.requests[-1].target == "/account"
 

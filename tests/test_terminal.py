@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -95,7 +95,7 @@ with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as test:
 
 
 class Browser(ExitStack):
-    """A noisy browser, whose window stays open. environment: of a script that opens it"""
+    """A noisy browser; its window is open in the `with`. environment: of a script that opens it"""
 
     def __init__(self, environment: dict[str, str], folder: Path) -> None:
         super().__init__()
@@ -118,30 +118,29 @@ class Browser(ExitStack):
 
 
 @pytest.fixture
-def browser(environment: dict[str, str], sandbox: Sandbox, tmp_path: Path) -> Iterator[Browser]:
-    with Browser({**environment, **sandbox.environment}, tmp_path) as running:
-        yield running
+def browser(environment: dict[str, str], sandbox: Sandbox, tmp_path: Path) -> Browser:
+    return Browser({**environment, **sandbox.environment}, tmp_path)
 
 
 def test_a_browser_that_blocks_and_makes_noise_changes_nothing(browser: Browser) -> None:
-    with Script(environment={**browser.environment, **DEVELOPMENT}) as script:
+    with Script(environment={**browser.environment, **DEVELOPMENT}) as script, browser:
         assert browser.opened_url() == script.url()
         log_in(script)
         assert (script.status(), script.stderr) == (0, "")
-    assert "noise" not in script.stdout
-    assert browser.is_open()
+        assert "noise" not in script.stdout
+        assert browser.is_open()
 
 
 @posix
 def test_ctrl_c_ends_a_loop_of_the_shell_but_not_the_browser(browser: Browser) -> None:
     loop = started_by('for i in 1 2 3; do "$@"; done', terminal=True)
-    with Script(environment=browser.environment, python=loop) as script:
+    with Script(environment=browser.environment, python=loop) as script, browser:
         assert browser.opened_url() == script.url()
         script.type("\x03")
         assert script.status() == 0
-    assert script.stdout.count("1. Configuration") == 1
-    assert not any(word in script.stdout for word in ("Traceback", "noise"))
-    assert browser.is_open()
+        assert script.stdout.count("1. Configuration") == 1
+        assert not any(word in script.stdout for word in ("Traceback", "noise"))
+        assert browser.is_open()
 
 
 def test_a_url_that_is_too_long_for_any_command_changes_nothing() -> None:
@@ -153,7 +152,8 @@ def test_no_text_browser_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """As over SSH, where there is no other, it would take over the terminal."""
     (tmp_path / "www-browser").write_text(f"#!/bin/sh\n: >'{tmp_path}/started'\n")
     (tmp_path / "www-browser").chmod(0o755)
-    monkeypatch.setattr("os.environ", {"PATH": str(tmp_path), "TERM": "xterm"})
+    for name, value in {"PATH": str(tmp_path), "TERM": "xterm", "BROWSER": ""}.items():
+        monkeypatch.setenv(name, value)
     open_browser("https://localhost/")
     assert not (tmp_path / "started").exists()
 
@@ -162,7 +162,7 @@ def test_no_text_browser_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_authorize_url_is_printed_before_the_browser_takes_its_time(browser: Browser) -> None:
     """Python lists what it imports, which is put among the output."""
     environment = {**browser.environment, "PYTHONPROFILEIMPORTTIME": "1"}
-    with Script(environment=environment, python=started_by('exec "$@" 2>&1')) as script:
+    with Script(environment=environment, python=started_by('exec "$@" 2>&1')) as script, browser:
         script.until("| subprocess")
         assert "response_type=code" in script.stdout.partition("| subprocess")[0]
 
@@ -249,9 +249,8 @@ def test_a_time_out_causes_no_warning(sandbox: Sandbox, start: Start) -> None:
     assert script.stderr.endswith(f" {BROWSER_ERRORS}\n")
 
 
-def test_a_port_in_use_causes_no_warning(sandbox: Sandbox, start: Start) -> None:
+def test_the_last_address_in_use_causes_no_warning(sandbox: Sandbox, start: Start) -> None:
     port = urlsplit(sandbox.environment["REDIRECT_URI"]).port or 0
-    # The last address that is needed, so that the others are open before.
     address, family = ("::1", socket.AF_INET6) if ipv6_works() else ("127.0.0.1", socket.AF_INET)
     with socket.create_server((address, port), family=family):
         script = start(**sandbox.environment, **DEVELOPMENT)
