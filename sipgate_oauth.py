@@ -113,8 +113,8 @@ def load_config(path: Path) -> Config:
         advice = f"""There is no {path}: copy config.example.env to it, and fill it in.
 Without a sipgate account, try the sandbox: python tests/sandbox.py"""
     except (OSError, UnicodeError) as error:
-        advice = "It should be a UTF-8 text file of KEY=value lines: see config.example.env."
-        raise ConfigurationError(f"Can't read {path}: {error}", advice) from error
+        advice = f"{path} should be a UTF-8 text of KEY=value lines, like config.example.env."
+        raise ConfigurationError(f"Can't read the configuration: {error}", advice) from error
 
     config = {key: os.environ.get(key, from_file.get(key)) or "" for key in KEYS}
     found = [(key, problem_with(key, config[key])) for key in KEYS]
@@ -171,7 +171,8 @@ def check_callback(query: str, state: str) -> dict[str, str]:
     # Without this, any web page could end the login here, with a code or an error of its own (RFC
     # 6749, section 10.12). In constant time, so that a guess learns nothing; as bytes, because
     # compare_digest takes no non-ASCII text.
-    if not secrets.compare_digest(parameters.get("state", "").encode(), state.encode()):
+    received = parameters.get("state", "")
+    if not state or not secrets.compare_digest(received.encode(), state.encode()):
         raise CallbackRefused(403, FOREIGN_STATE)
     if ("code" in parameters) == ("error" in parameters):
         raise CallbackRefused(400, "There should be a code or an error.")
@@ -242,7 +243,7 @@ def refresh_tokens(session: "Session", config: Config, tokens: Json) -> Json:
     sipgate ends the old pair with this: if a thief has the refresh token too, the second use of it
     is refused, and the theft is found out (RFC 9700, section 4.14.2).
     """
-    if not isinstance(tokens.get("refresh_token"), str):
+    if not tokens.get("refresh_token") or not isinstance(tokens["refresh_token"], str):
         what = f"{urlsplit(config['TOKEN_URL']).netloc} sent no refresh token"
         raise LoginError(what, "There is nothing to refresh: log in again when it is needed.")
     form = {
@@ -551,8 +552,7 @@ def main() -> int:
     add, config = parser.add_argument, Path(__file__).with_name("config.env")
     add("--config", metavar="FILE", default=config, help="the configuration (default: %(default)s)")
     add("--no-browser", action="store_true", help="do not open the browser (default: open it)")
-    text = "wait so long for the callback (default: %(default)s)"
-    add("--timeout", metavar="SECONDS", type=float, default=300, help=text)
+    add("--timeout", metavar="SECONDS", type=float, default=300, help="wait (default: %(default)s)")
     add("--show-tokens", action="store_true", help="print tokens in full (default: masked)")
     options = parser.parse_args()
     if not 0 < options.timeout <= 86400:

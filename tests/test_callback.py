@@ -85,6 +85,11 @@ def test_what_is_no_callback_of_this_login_is_refused(query: str) -> None:
     assert refused.value.args[0] == REFUSED[query]
 
 
+def test_without_a_state_of_our_own_nothing_is_the_callback() -> None:
+    with pytest.raises(program.CallbackRefused):
+        check_callback("code=a-code", "")
+
+
 def test_a_code_or_an_error_with_our_state_is_the_callback() -> None:
     assert check_callback(f"{QUERY}&error=&x=1", STATE) == {**CALLBACK, "x": "1"}
     assert check_callback(f"state={STATE}&error=e&code=", STATE) == {"error": "e", "state": STATE}

@@ -134,7 +134,7 @@ def test_a_folder_and_another_encoding_can_not_be_read(tmp_path: Path) -> None:
 
 def test_all_that_is_wrong_is_named_at_once_with_status_2(start: Start, file: Path) -> None:
     wrong = {"CLIENT_SECRET": "", "REDIRECT_URI": "http://localhost/a b", "AUTH_URL": ""}
-    file.write_text(lines(**wrong, CLIENT_SCRT=SECRET) + f"{SECRET}\n{SECRET}==\n")  # no keys
+    file.write_text(lines(**wrong, CLIENT_SCRT=SECRET) + f"half-{SECRET}\n{SECRET}==\n")  # no keys
     script = start(f"--config={file}")
     assert (script.status(), script.stdout) == (2, "")
     named = re.findall(r"(Error|\w+_\w+)(?:: The| is| should)", script.stderr)

@@ -170,9 +170,9 @@ def test_what_could_steer_a_terminal_is_escaped(capsys: pytest.CaptureFixture[st
 
 def test_an_error_is_described_in_the_words_of_the_server() -> None:
     assert describe({"error": "a", "error_description": "b."}) == "a: b"
-    assert describe({"error": {"code": 5}, "error_description": "b", "error_uri": "c"}) == "b"
+    assert describe({"error": "", "error_description": "b", "error_uri": "c"}) == "b"
     assert describe({"error": "x" * 501}) == "x" * 500
-    assert describe({"error": "", "message": "b"}) == "see above"
+    assert describe({"error": {"code": 5}, "message": "b"}) == "see above"
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone that git knows about")
