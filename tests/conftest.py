@@ -39,7 +39,10 @@ def server() -> Iterator[OddServer]:
 def keycloak() -> Iterator[Keycloak]:
     """A real Keycloak. Its tests are in the group "keycloak", so that it starts only once."""
     if "KEYCLOAK_HOME" not in os.environ:
-        pytest.skip("no Keycloak: KEYCLOAK_HOME should name its folder")
+        pytest.skip(
+            "There is no Keycloak. Unpack one from https://www.keycloak.org/downloads (it needs "
+            "Java 17), and let KEYCLOAK_HOME name its folder."
+        )
     with Keycloak(Path(os.environ["KEYCLOAK_HOME"])) as running:
         yield running
 

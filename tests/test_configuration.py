@@ -128,8 +128,10 @@ def test_a_folder_and_another_encoding_can_not_be_read(tmp_path: Path) -> None:
         if path != tmp_path:
             path.write_text(lines(CLIENT_ID="Müller"), encoding=path.name)
         what, advice = refusal(path)
-        assert what.startswith(f"Can't read {path}: ")
-        assert "text file of KEY=value lines" in advice
+        assert what.startswith("Can't read the configuration: ")
+        assert (
+            advice == f"{path} should be a UTF-8 text of KEY=value lines, like config.example.env."
+        )
 
 
 def test_all_that_is_wrong_is_named_at_once_with_status_2(start: Start, file: Path) -> None:

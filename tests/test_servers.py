@@ -261,7 +261,7 @@ def test_an_access_token_that_cannot_be_used_is_an_error(server: OddServer, odd:
         assert "pAss" not in str(caught.value)
 
 
-@pytest.mark.parametrize("odd", [{}, {"refresh_token": None}])
+@pytest.mark.parametrize("odd", [{}, {"refresh_token": None}, {"refresh_token": ""}])
 def test_the_old_refresh_token_stays_unless_there_is_a_new_one(server: OddServer, odd: Any) -> None:
     said = {"access_token": "new", "token_type": "Bearer", **odd}
     server.answers["/token"] = [json_answer(TOKENS), json_answer(said)]

@@ -209,7 +209,7 @@ def test_a_full_disk_under_stderr_keeps_back_no_answer(sandbox: Sandbox, start: 
 def test_streams_that_are_closed_from_the_start_hold_nothing_up(
     sandbox: Sandbox, start: Start, closed: str
 ) -> None:
-    script = start("--timeout=0.1", python=started_by(f'"$@" {closed}'), **sandbox.environment)
+    script = start("--timeout=0.1", python=started_by(f'exec "$@" {closed}'), **sandbox.environment)
     assert script.status() == 1
     assert "Traceback" not in script.stderr
 
@@ -220,6 +220,7 @@ def test_in_the_background_of_a_terminal_the_login_goes_on(sandbox: Sandbox, sta
     script = start(python=started_by('set -m; "$@" & wait', terminal=True), **sandbox.environment)
     log_in(script)
     script.until("6. Refresh")
+    assert "Traceback" not in script.stdout
 
 
 def test_a_terminal_without_utf_8_gets_escapes(sandbox: Sandbox, start: Start) -> None:
