@@ -1,6 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
+#     "Authlib>=1.9,<2",
 #     "Flask>=3.1,<4",
 #     "joserfc>=1.7,<2",
 #     "python-dotenv>=1.0.1,<2",
@@ -16,21 +17,16 @@
 The first runs sipgate_oauth.py against a local server and ends with its exit status. The second
 runs the server alone, for a program of your own: it prints the configuration and then, for each
 request, what came of it. The server has the addresses of sipgate's login server (a Keycloak) and
-API, and refuses what they refuse:
+API, and refuses what they refuse, by the rules of Authlib:
 
     GET, POST .../auth   the login page; its answer is a redirect with an authorization code
     POST .../token       authorization code or refresh token in, fresh tokens out
     GET /v2/account      the account's data for an access token
-
-Tests use it as a context manager: `with Sandbox() as sandbox: ...`.
 """
 
 import argparse
-import base64
 import contextlib
 import errno
-import hashlib
-import html
 import itertools
 import logging
 import os
@@ -46,10 +42,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import unquote_plus, urlencode
+from urllib.parse import parse_qsl, quote_plus, unquote, urlsplit
 
 try:
-    from flask import Flask, Response, g, jsonify, request
+    from authlib.common.urls import add_params_to_uri
+    from authlib.integrations.flask_oauth2 import AuthorizationServer, ResourceProtector
+    from authlib.oauth2 import OAuth2Error, rfc6749, rfc6750, rfc7636, rfc9207
+    from flask import Flask, Response, jsonify, render_template_string, request
     from joserfc import jwt
     from joserfc.jwk import RSAKey
     from waitress import create_server, wasyncore  # type: ignore[import-untyped]
@@ -72,241 +71,245 @@ ACCOUNT = {
     "verified": True,
 }
 SIGNING_KEY = RSAKey.generate_key(2048)
+# What Keycloak says both of an unknown client and of a wrong secret.
+BAD_CLIENT = "Invalid client or Invalid client credentials"
 
 
 # --- What is checked -----------------------------------------------------------------------------
 
 
-class Refusal(Exception):
-    """An error of RFC 6749, section 5.2, in Keycloak's words."""
-
-    def __init__(self, error: str, description: str = "", status: int = 400) -> None:
-        answer = {"error": error, "error_description": description}
-        self.answer = {key: value for key, value in answer.items() if value}
-        self.status = status
-
-    def __str__(self) -> str:
-        return ": ".join(self.answer.values())
-
-
 @dataclass
-class Login:
-    """What one login was given: first a code, then two tokens, which each refresh replaces."""
-
-    scope: str
-    code_challenge: str
-    code: str
-    code_expires_at: float
-    session_state: str
-    code_used: bool = False
-    access_token: str = ""
-    access_token_expires_at: float = 0
-    refresh_token: str = ""
-    refresh_token_expires_at: float = 0
-    used_refresh_tokens: list[str] = field(default_factory=list)
-
-    def revoke(self) -> None:
-        """End the tokens: something was used twice, and one of the two users was a thief
-        (RFC 6749, section 4.1.2; RFC 9700, section 4.14.2)."""
-        self.access_token_expires_at = self.refresh_token_expires_at = 0
-
-
-@dataclass
-class LoginServer:
-    """An authorization server with one client. Its logins are in memory, its times in seconds."""
+class Login(rfc6749.AuthorizationCodeMixin, rfc6749.TokenMixin):
+    """A login, and until when each code and token is valid that it was given."""
 
     redirect_uri: str
-    expires_in: int
-    refresh_expires_in: int
-    code_lifetime: int
-    logins: list[Login] = field(default_factory=list)
-    exchanges: int = 0
+    scope: str
+    code_challenge: str
+    session_state: str
+    code_challenge_method: str = "S256"
+    valid_until: dict[tuple[str, str], float] = field(default_factory=dict)
 
-    def check_request(self, asked: dict[str, str]) -> None:
-        """Check what the browser brings (RFC 6749, section 4.1.1; RFC 7636, section 4.3).
-        Raises Refusal."""
-        for name in ("response_type", "code_challenge_method", "code_challenge"):
-            if not asked.get(name):
-                raise Refusal("invalid_request", f"Missing parameter: {name}")
-        if asked["response_type"] != "code":
-            raise Refusal("unsupported_response_type")
-        if not SCOPES.issuperset(asked.get("scope", "").split()):
-            raise Refusal("invalid_scope", f"Invalid scopes: {asked['scope']}")
-        if asked["code_challenge_method"] != "S256":
-            what = "code challenge method is not matching the configured one"
-            raise Refusal("invalid_request", f"Invalid parameter: {what}")
+    def give(self, kind: str, secret: str, lifetime: int) -> None:
+        self.valid_until[kind, secret] = time.monotonic() + lifetime
 
-    def issue_code(self, asked: dict[str, str]) -> Login:
-        login = Login(
-            scope=asked.get("scope", ""),
-            code_challenge=asked["code_challenge"],
-            code=secrets.token_hex(24),
-            code_expires_at=time.monotonic() + self.code_lifetime,
-            session_state=secrets.token_hex(16),
-        )
-        self.logins.append(login)
-        return login
+    def has(self, kind: str, secret: str) -> bool:
+        return time.monotonic() < self.valid_until.get((kind, secret), 0)
 
-    def exchange_code(self, form: dict[str, str]) -> Login:
-        """Use a code up, whatever comes of it (RFC 6749, section 4.1.3). Raises Refusal."""
-        if "code" not in form:
-            raise Refusal("invalid_request", "Missing parameter: code")
-        login = next((it for it in self.logins if it.code == form["code"]), None)
-        if not login or login.code_used or time.monotonic() >= login.code_expires_at:
-            if login:
-                login.revoke()
-            raise Refusal("invalid_grant", "Code not valid")
-        login.code_used = True
-        if form.get("redirect_uri") != self.redirect_uri:
-            raise Refusal("invalid_grant", "Incorrect redirect_uri")
-        if "code_verifier" not in form:
-            raise Refusal("invalid_grant", "PKCE code verifier not specified")
-        digest = hashlib.sha256(form["code_verifier"].encode()).digest()
-        if base64.urlsafe_b64encode(digest).decode().rstrip("=") != login.code_challenge:
-            raise Refusal("invalid_grant", "PKCE verification failed: Code mismatch")
-        self.exchanges += 1
-        return login
+    def get_redirect_uri(self) -> str:
+        return self.redirect_uri
 
-    def use_refresh_token(self, form: dict[str, str]) -> Login:
-        """Look a refresh token up (RFC 6749, section 6). Raises Refusal."""
-        token = form.get("refresh_token")
+    def get_scope(self) -> str:
+        return self.scope
+
+    def check_client(self, client: rfc6749.ClientMixin) -> bool:
+        return True
+
+    def is_expired(self) -> bool:
+        return False  # an access token that has expired finds no login
+
+    is_revoked = is_expired
+
+
+class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
+    """The authorization server, and what it knows of its one client."""
+
+    def __init__(self, sandbox: "Sandbox") -> None:
+        super().__init__()
+        self.sandbox = sandbox
+        self.logins: list[Login] = []
+        self.register_grant(CodeGrant, [RequiredS256()])
+        self.register_grant(RefreshGrant)
+        self.register_extension(Issuer())
+
+    def query_client(self, client_id: str) -> rfc6749.ClientMixin:
+        if client_id != CLIENT_ID:
+            what = "Client not found." if request.endpoint == "authorize" else BAD_CLIENT
+            raise rfc6749.InvalidClientError(what, status_code=401)
+        return self
+
+    def check_client_secret(self, client_secret: str) -> bool:
+        # In a header, a + may stand for a space (RFC 6749, section 2.3.1), which Authlib leaves.
+        if client_secret not in (CLIENT_SECRET, unquote(quote_plus(CLIENT_SECRET))):
+            raise rfc6749.InvalidClientError(BAD_CLIENT, None, 401, error="unauthorized_client")
+        return True
+
+    def check_redirect_uri(self, redirect_uri: str) -> bool:
+        if redirect_uri != self.sandbox.redirect_uri:
+            raise rfc6749.InvalidRequestError("Invalid parameter: redirect_uri")
+        return True
+
+    def get_default_redirect_uri(self) -> str:
+        return ""  # none: it has to be in the request
+
+    def get_allowed_scope(self, scope: Any) -> str:
+        return scope or ""
+
+    def check_grant_type(self, grant_type: str) -> bool:
+        return True
+
+    def check_response_type(self, response_type: str) -> bool:
+        return True
+
+    def check_endpoint_auth_method(self, method: str, endpoint: str) -> bool:
+        return True
+
+    def use_up(self, kind: str, secret: str, refusal: str) -> Login:
+        """Look a code or a refresh token up, and end all that its login was given so far, so that
+        its second use, of which one is a thief's, ends what came of the first (RFC 6749, section
+        4.1.2; RFC 9700, section 4.14.2). Raises InvalidGrantError."""
         for login in self.logins:
-            if token in login.used_refresh_tokens:
-                login.revoke()
-                raise Refusal("invalid_grant", "Maximum allowed refresh token reuse exceeded")
-            if token == login.refresh_token:
-                if time.monotonic() >= login.refresh_token_expires_at:
-                    raise Refusal("invalid_grant", "Token is not active")
-                login.used_refresh_tokens.append(token)
-                return login
-        raise Refusal("invalid_grant", "Invalid refresh token")
+            if (kind, secret) in login.valid_until:
+                valid = login.has(kind, secret)
+                login.valid_until = dict.fromkeys(login.valid_until, 0)
+                if valid:
+                    return login
+        raise rfc6749.InvalidGrantError(refusal)
 
-    def issue_tokens(self, login: Login, issuer: str) -> dict[str, str | int]:
-        """Replace the tokens of a login. Returns the answer of RFC 6749, section 5.1."""
-        login.access_token, login.refresh_token = secrets.token_hex(21), secrets.token_hex(24)
-        login.access_token_expires_at = time.monotonic() + self.expires_in
-        login.refresh_token_expires_at = time.monotonic() + self.refresh_expires_in
+    def save_token(self, token: dict[str, Any], oauth: rfc6749.OAuth2Request) -> None:
+        """Store the tokens, and make `token` the answer that Keycloak gives."""
+        login: Any = oauth.authorization_code or oauth.refresh_token
+        expires_in, refresh_expires_in = self.sandbox.expires_in, self.sandbox.refresh_expires_in
+        login.give("access token", token["access_token"], expires_in)
+        login.give("refresh token", token["refresh_token"], refresh_expires_in)
+        self.sandbox.exchanges += oauth.authorization_code is not None
+        token |= {"expires_in": expires_in, "refresh_expires_in": refresh_expires_in}
+        token |= {"token_type": "bearer", "session_state": login.session_state}
         now = int(time.time())
-        claims = {"iss": issuer, "aud": CLIENT_ID, "sub": "somebody", "sid": login.session_state}
-        lifetime = {"iat": now, "exp": now + self.expires_in}
-        return {
-            "access_token": login.access_token,
-            "expires_in": self.expires_in,
-            "refresh_expires_in": self.refresh_expires_in,
-            "refresh_token": login.refresh_token,
-            "token_type": "bearer",
-            "id_token": jwt.encode({"alg": "RS256"}, claims | lifetime, SIGNING_KEY),
-            "session_state": login.session_state,
-            "scope": login.scope,
-        }
+        claims = {"iss": Issuer().get_issuer(), "aud": CLIENT_ID, "sub": "somebody"}
+        times = {"iat": now, "exp": now + expires_in}
+        token["id_token"] = jwt.encode({"alg": "RS256"}, claims | times, SIGNING_KEY)
 
 
-def check_client(form: dict[str, str]) -> None:
-    """Raises Refusal unless the form or a header shows who asks (RFC 6749, section 2.3.1)."""
-    client = (form.get("client_id"), form.get("client_secret"))
-    header = request.authorization
-    if header and header.type == "basic":
-        client = (unquote_plus(header.username or ""), unquote_plus(header.password or ""))
-    if client != (CLIENT_ID, CLIENT_SECRET):
-        error = "unauthorized_client" if client[0] == CLIENT_ID else "invalid_client"
-        raise Refusal(error, "Invalid client or Invalid client credentials", 401)
+class CodeGrant(rfc6749.AuthorizationCodeGrant):
+    """Authorization code in, tokens out: RFC 6749, section 4.1. A user is their session's name."""
+
+    server: LoginServer
+
+    def create_authorization_response(self, redirect_uri: str, grant_user: str | None) -> Any:
+        if grant_user:
+            redirect_uri = add_params_to_uri(redirect_uri, {"session_state": grant_user})
+        return super().create_authorization_response(redirect_uri, grant_user)
+
+    def save_authorization_code(self, code: str, oauth: Any) -> None:
+        form = oauth.payload.data
+        login = Login(form["redirect_uri"], oauth.scope, form["code_challenge"], oauth.user)
+        login.give("code", code, self.server.sandbox.code_lifetime)
+        self.server.logins.append(login)
+
+    def query_authorization_code(self, code: str, client: rfc6749.ClientMixin) -> Login:
+        return self.server.use_up("code", code, "Code not valid")
+
+    def delete_authorization_code(self, authorization_code: Login) -> None:
+        """Nothing is left to do: it is used up."""
+
+    def authenticate_user(self, authorization_code: Login) -> str:
+        return authorization_code.session_state
+
+
+class RequiredS256(rfc7636.CodeChallenge):
+    """PKCE, RFC 7636. Authlib lets a confidential client go without, and allows `plain`."""
+
+    SUPPORTED_CODE_CHALLENGE_METHOD = ["S256"]
+
+    def validate_code_challenge(self, grant: CodeGrant, redirect_uri: str) -> None:
+        if not request.values.get("code_challenge_method"):
+            raise rfc6749.InvalidRequestError("Missing parameter: code_challenge_method")
+        super().validate_code_challenge(grant, redirect_uri)
+
+
+class RefreshGrant(rfc6749.RefreshTokenGrant):
+    """Refresh token in, fresh tokens out: RFC 6749, section 6."""
+
+    server: LoginServer
+    TOKEN_ENDPOINT_AUTH_METHODS = CodeGrant.TOKEN_ENDPOINT_AUTH_METHODS
+    INCLUDE_NEW_REFRESH_TOKEN = True
+
+    def authenticate_refresh_token(self, refresh_token: str) -> Login:
+        return self.server.use_up("refresh token", refresh_token, "Invalid refresh token")
+
+    def revoke_old_credential(self, refresh_token: Any) -> None:
+        """Nothing is left to do: it is used up."""
+
+    def authenticate_user(self, refresh_token: Any) -> str:
+        return str(refresh_token.session_state)
+
+
+class Issuer(rfc9207.IssuerParameter):
+    def get_issuer(self) -> str:
+        return request.host_url.rstrip("/") + REALM
 
 
 # --- What is served ------------------------------------------------------------------------------
 
-
-def page(title: str, body: str = "", status: int = 200) -> Response:
-    """An HTML page in the reader's colours, light or dark."""
-    g.outcome = title
-    return Response(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Sandbox</title>'
-        '<meta name="viewport" content="width=device-width">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        "<style>body { font: 1.1rem/1.5 system-ui, sans-serif; max-width: 32rem;"
-        " margin: 4rem auto; padding: 0 1rem } button { font: inherit; padding: .4rem 1.6rem }"
-        f"</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>",
-        status,
-    )
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Sandbox</title>
+<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<style>body { font: 1.1rem system-ui; max-width: 32rem; margin: 4rem auto; padding: 0 1rem }</style>
+</head><body><h1>{{ title }}</h1>{% if grant %}
+<p>A stand-in for sipgate on this computer. No account, no password.</p>
+<p>The client <strong>{{ grant.request.payload.client_id }}</strong> asks for these scopes:</p>
+<ul>{% for scope in grant.request.scope.split() %}<li>{{ scope }}</li>{% endfor %}</ul>
+<form method="post"><button name="answer" value="allow">Allow</button>
+<button name="answer" value="deny">Deny</button></form>{% endif %}</body></html>"""
 
 
-def login_page(scope: str) -> Response:
-    """The login page. Its form posts to the page's own address, parameters and all."""
-    scopes = "".join(f"<li>{html.escape(name)}</li>" for name in scope.split())
-    return page(
-        "Sandbox login page",
-        "<p>A stand-in for sipgate on this computer. No account, no password.</p>"
-        f"<p>The client <strong>{CLIENT_ID}</strong> asks for these scopes:</p><ul>{scopes}</ul>"
-        '<form method="post"><button name="answer" value="allow">Allow</button> '
-        '<button name="answer" value="deny">Deny</button></form>',
-    )
+def create_app(server: LoginServer) -> Flask:
+    """Return the app with sipgate's addresses."""
+    app = Flask(__name__, static_folder=None)
+    app.config.update(OAUTH2_SCOPES_SUPPORTED=SCOPES, OAUTH2_REFRESH_TOKEN_GENERATOR=True)
+    server.init_app(app)
 
+    class TokenValidator(rfc6750.BearerTokenValidator):
+        def authenticate_token(self, token: str) -> Login | None:
+            return next((it for it in server.logins if it.has("access token", token)), None)
 
-def add_routes(app: Flask, server: LoginServer) -> None:
-    """Give the app sipgate's addresses. What came of a request is left in `g.outcome`."""
-    endpoints = f"{REALM}/protocol/openid-connect"
+    protector = ResourceProtector()
+    protector.register_token_validator(TokenValidator())
 
-    def redirect(**answer: str) -> Response:
-        """Send the browser back, with the state it came with and the server's name (RFC 9207)."""
-        answer |= {"state": request.values.get("state", ""), "iss": request.host_url[:-1] + REALM}
-        separator = "&" if "?" in server.redirect_uri else "?"
-        uri = server.redirect_uri + separator + urlencode({k: v for k, v in answer.items() if v})
-        return Response(status=302, headers={"Location": uri})
+    @app.route(f"{REALM}/protocol/openid-connect/auth", methods=["GET", "POST"])
+    def authorize() -> Any:
+        grant = server.get_consent_grant()  # type: ignore[no-untyped-call] # untyped stub
+        if request.method != "POST":  # which comes to the same address, parameters and all
+            return render_template_string(PAGE, title="Sandbox login page", grant=grant)
+        session = secrets.token_hex(16) if request.form.get("answer") == "allow" else None
+        return server.create_authorization_response(grant=grant, grant_user=session)
 
-    @app.route(f"{endpoints}/auth", methods=["GET", "POST"])
-    def authorize() -> Response:
-        asked = request.values.to_dict()
-        # Nobody is sent to an address that is not the client's (RFC 6749, section 4.1.2.1).
-        if asked.get("client_id") != CLIENT_ID:
-            return page("Client not found.", status=400)
-        if asked.get("redirect_uri") != server.redirect_uri:
-            return page("Invalid parameter: redirect_uri", status=400)
-        try:
-            server.check_request(asked)
-            if request.method == "GET":
-                return login_page(asked.get("scope", ""))
-            if asked.get("answer") != "allow":
-                raise Refusal("access_denied")
-        except Refusal as refusal:
-            g.outcome = str(refusal)
-            return redirect(**refusal.answer)
-        g.outcome = "code issued"
-        login = server.issue_code(asked)
-        return redirect(session_state=login.session_state, code=login.code)
-
-    @app.post(f"{endpoints}/token")
-    def token() -> Response:
-        form = request.form.to_dict()
-        if "grant_type" not in form:
-            raise Refusal("invalid_request", "Missing form parameter: grant_type")
-        check_client(form)
-        if form["grant_type"] == "authorization_code":
-            login = server.exchange_code(form)
-        elif form["grant_type"] == "refresh_token":
-            login = server.use_refresh_token(form)
-        else:
-            raise Refusal("unsupported_grant_type", "Unsupported grant_type")
-        g.outcome = "tokens issued"
-        return jsonify(server.issue_tokens(login, request.host_url[:-1] + REALM))
+    @app.post(f"{REALM}/protocol/openid-connect/token")
+    def token() -> Any:
+        if "grant_type" not in request.form:
+            raise rfc6749.InvalidRequestError("Missing form parameter: grant_type")
+        return server.create_token_response()
 
     @app.get("/v2/account")
     def account() -> Response:
-        token = request.authorization and request.authorization.token
-        for login in server.logins:
-            if login.access_token == token and time.monotonic() < login.access_token_expires_at:
-                if "account:read" not in login.scope.split():
-                    raise Refusal("insufficient_scope", status=403)
-                g.outcome = "account"
-                return jsonify(ACCOUNT)
-        raise Refusal("invalid_token", status=401)
+        with protector.acquire("account:read"):
+            return jsonify(ACCOUNT)
 
-    @app.errorhandler(Refusal)
-    def refuse(refusal: Refusal) -> Response:
-        g.outcome = str(refusal)
-        response = jsonify(refusal.answer)
-        response.status_code = refusal.status
-        if request.path == "/v2/account":  # RFC 6750, section 3
-            response.headers["WWW-Authenticate"] = f'Bearer error="{refusal.answer["error"]}"'
+    @app.errorhandler(OAuth2Error)
+    def refuse(error: OAuth2Error) -> Any:
+        if request.endpoint == "authorize" and not error.redirect_uri:
+            # Nobody is sent to an address that is not the client's (RFC 6749, section 4.1.2.1).
+            return render_template_string(PAGE, title=error.description), f"400 {error.description}"
+        response: Any = server.handle_response(*error())
+        server.execute_hook("after_create_authorization_response", response)
         return response
+
+    # Authlib fails so on what is not UTF-8, or where its error description cannot quote it.
+    app.register_error_handler(ValueError, lambda error: ("Invalid request", 400))
+    return app
+
+
+def outcome_of(response: Response) -> str:
+    """Tell what came of a request, from its answer: JSON, a redirect, or the status of a page."""
+    said = response.get_json(silent=True) or dict(
+        parse_qsl(urlsplit(response.location or "").query)
+    )
+    if "error" in said:
+        return ": ".join(said[key] for key in ("error", "error_description") if key in said)
+    if "code" in said:
+        return "code issued"
+    return "tokens issued" if "access_token" in said else response.status
 
 
 def listen(port: int) -> socket.socket:
@@ -323,9 +326,8 @@ def is_free(port: int) -> bool:
         try:
             socket.create_server((host, port), family=family).close()
         except OSError as error:
-            # EACCES is what Windows says of a port that it keeps for itself. With any other error,
-            # this computer does not have the address, so nobody listens there.
-            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            # With any other error, this computer does not have the address: nobody listens there.
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):  # EACCES: Windows keeps the port
                 return False
     return True
 
@@ -333,47 +335,43 @@ def is_free(port: int) -> bool:
 # --- How it is run -------------------------------------------------------------------------------
 
 
+@dataclass
 class Sandbox:
-    """The sandbox as a context manager: it serves inside of the `with` block.
+    """The sandbox for tests, as a context manager: it serves inside of the `with` block.
 
     In: the redirect URI to register (by default at port 8080 or the next free one), the port to
     listen at (or the next free one; 0 is any), lifetimes in seconds, and whether to print a line
     for each request.
-    Out: `environment`, the variables for sipgate_oauth.py. For tests there are `requests`, each
-    request as (method, path), `connections`, the number of TCP connections that they came on, and
-    `exchanges`, the number of codes exchanged for tokens.
+    Out: `environment`, the variables for sipgate_oauth.py; for tests `requests`, a list of (method,
+    path), `connections`, how many they came on, and `exchanges`, how many codes gave tokens.
     """
 
-    def __init__(
-        self,
-        redirect_uri: str = "",
-        port: int = 8081,
-        expires_in: int = 300,
-        refresh_expires_in: int = 30 * 24 * 3600,
-        code_lifetime: int = 60,
-        log: bool = False,
-    ) -> None:
-        listener = listen(port)
+    redirect_uri: str = ""
+    port: int = 8081
+    expires_in: int = 300
+    refresh_expires_in: int = 30 * 24 * 3600
+    code_lifetime: int = 60
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        listener = listen(self.port)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        if not redirect_uri:
+        if not self.redirect_uri:
             callback_port = next(filter(is_free, itertools.count(8080)))
-            redirect_uri = f"http://localhost:{callback_port}/oauth"
+            self.redirect_uri = f"http://localhost:{callback_port}/oauth"
         self.environment = {
             "CLIENT_ID": CLIENT_ID,
             "CLIENT_SECRET": CLIENT_SECRET,
             "OAUTH_SCOPE": "account:read balance:read",
-            "REDIRECT_URI": redirect_uri,
+            "REDIRECT_URI": self.redirect_uri,
             "AUTH_URL": f"{self.url}{REALM}/protocol/openid-connect/auth",
             "TOKEN_URL": f"{self.url}{REALM}/protocol/openid-connect/token",
             "TEST_API_ENDPOINT": f"{self.url}/v2/account",
         }
         self.requests: list[tuple[str, str]] = []
-        self.connections, self.exchanges = 0, 0
+        self.connections = self.exchanges = 0
         self._ports: set[str] = set()
-        self._log = log
-        self._server = LoginServer(redirect_uri, expires_in, refresh_expires_in, code_lifetime)
-        app = Flask(__name__, static_folder=None)
-        add_routes(app, self._server)
+        app = create_app(LoginServer(self))
         app.after_request(self._note)
         # The terminal is sipgate_oauth.py's, and the server would warn that a request waits.
         logging.getLogger("waitress").setLevel(logging.CRITICAL)
@@ -385,12 +383,14 @@ class Sandbox:
     def _note(self, response: Response) -> Response:
         self.requests.append((request.method, request.path))
         self._ports.add(request.environ["REMOTE_PORT"])
-        self.connections, self.exchanges = len(self._ports), self._server.exchanges
-        if self._log:
-            line = f"{request.method} {request.path}: {g.get('outcome', response.status)}"
+        self.connections = len(self._ports)
+        if self.log:
+            line = f"{request.method} {request.path}: {outcome_of(response)}"
             # Escaped, because what a client sent could steer the terminal.
             print(line.encode("unicode_escape").decode(), flush=True)
         response.headers["Cache-Control"] = "no-store"  # RFC 6749, section 5.1
+        if response.status_code == 403:  # RFC 6750, section 3
+            response.headers["WWW-Authenticate"] = 'Bearer error="insufficient_scope"'
         return response
 
     def __enter__(self) -> "Sandbox":

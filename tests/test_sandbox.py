@@ -1,14 +1,14 @@
-"""The sandbox refuses what a real Keycloak refuses, in the same words; and it runs as a command."""
+"""The sandbox refuses what a real Keycloak refuses, and it runs as a command."""
 
 import io
 import os
 import re
-import subprocess
+import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, parse_qsl, quote_plus, urlsplit
+from urllib.parse import parse_qsl, quote_plus, urlsplit
 
 import keycloak as real
 import pytest
@@ -19,13 +19,11 @@ from joserfc import jwt
 from sandbox import Sandbox
 from script import PATIENCE, Script, answer_login_page, log_in
 
-COMMAND = Path(stand_in.__file__)
 REDIRECT_URI = "http://localhost:12345/oauth"
 # The pair of RFC 7636, appendix B.
 VERIFIER = {"code_verifier": "dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"}
 CHALLENGE = {"code_challenge": "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"}
 Config = Mapping[str, Any]
-Served = tuple[Script, Config]
 Changes = dict[str, str | None]  # of the parameters of a request; None leaves one out
 
 
@@ -68,10 +66,9 @@ def get_account(config: Config, tokens: dict[str, str]) -> requests.Response:
 # --- As at Keycloak -------------------------------------------------------------------------------
 
 
-on_keycloak = pytest.param("keycloak", marks=pytest.mark.xdist_group("keycloak"))
-
-
-@pytest.fixture(params=["sandbox", on_keycloak])
+@pytest.fixture(
+    params=["sandbox", pytest.param("keycloak", marks=pytest.mark.xdist_group("keycloak"))]
+)
 def config(request: pytest.FixtureRequest) -> Config:
     server: Sandbox | real.Keycloak = request.getfixturevalue(request.param)
     return server.environment if isinstance(server, Sandbox) else server.environment(REDIRECT_URI)
@@ -83,27 +80,23 @@ NO_PKCE: Changes = {"code_challenge": None, "code_challenge_method": None}
 MISTAKES: list[tuple[str, Changes, str]] = [
     ("login", {"client_id": "x"}, "400 Client not found."),
     ("login", {"redirect_uri": "http://localhost/x"}, "400 Invalid parameter: redirect_uri"),
-    ("login", {"scope": "no:such"}, "302 invalid_scope: Invalid scopes: no:such"),
+    ("login", {"scope": "no:such"}, "302 invalid_scope"),
     ("login", NO_PKCE, "302 invalid_request: Missing parameter: code_challenge_method"),
-    ("login", {"code_challenge_method": "plain"}, "302 invalid_request: Invalid parameter: code"),
-    ("login", {"response_type": "x"}, "302 unsupported_response_type"),
+    ("login", {"code_challenge_method": "plain"}, "302 invalid_request"),
     ("exchange", {"client_id": "x"}, f"401 invalid_client: {CREDENTIALS}"),
     ("exchange", {"client_secret": "x"}, f"401 unauthorized_client: {CREDENTIALS}"),
     ("exchange", {"grant_type": None}, "400 invalid_request: Missing form parameter: grant_type"),
-    ("exchange", {"grant_type": "x"}, "400 unsupported_grant_type: Unsupported grant_type"),
-    ("exchange", {"code": None}, "400 invalid_request: Missing parameter: code"),
-    ("exchange", {"code": "x"}, "400 invalid_grant: Code not valid"),
-    ("exchange", {"redirect_uri": None}, "400 invalid_grant: Incorrect redirect_uri"),
-    ("exchange", {"code_verifier": None}, "400 invalid_grant: PKCE code verifier not specified"),
-    ("exchange", {"code_verifier": "x" * 43}, "400 invalid_grant: PKCE verification failed"),
+    ("exchange", {"redirect_uri": None}, "400 invalid_grant"),
+    ("exchange", {"code_verifier": "x" * 43}, "400 invalid_grant"),
     ("second exchange", {}, "400 invalid_grant: Code not valid"),
-    ("second refresh", {}, "400 invalid_grant: Maximum allowed refresh token reuse exceeded"),
+    ("second refresh", {}, "400 invalid_grant"),
 ]
 
 
 def refusal(response: requests.Response) -> str:
     """The status and the error, from a redirect, from JSON, or from a page."""
     said = dict(parse_qsl(urlsplit(response.headers.get("Location", "")).query))
+    assert not said or "/realms/third-party" in said["iss"]
     if "json" in response.headers.get("Content-Type", ""):
         said = response.json()
     texts = [said[name] for name in ("error", "error_description") if name in said]
@@ -126,13 +119,9 @@ def test_a_mistake_is_refused(config: Config, step: str, changes: Changes, expec
     assert refusal(response).startswith(expected)
 
 
-# --- The tokens of the sandbox --------------------------------------------------------------------
-
-
 def get_tokens(sandbox: Sandbox, **changes: str | None) -> dict[str, Any]:
-    code = get_code(sandbox.environment, **changes)
-    tokens: dict[str, Any] = exchange(sandbox.environment, code=code).json()
-    return tokens
+    config = sandbox.environment
+    return dict(exchange(config, code=get_code(config, **changes)).json())
 
 
 def test_tokens_come_as_at_sipgate(sandbox: Sandbox) -> None:
@@ -145,8 +134,8 @@ def test_tokens_come_as_at_sipgate(sandbox: Sandbox) -> None:
 def test_a_refresh_replaces_both_tokens(sandbox: Sandbox) -> None:
     old = get_tokens(sandbox)
     new = refresh(sandbox.environment, old).json()
-    assert refusal(get_account(sandbox.environment, old)) == "401 invalid_token"
-    assert get_account(sandbox.environment, new).ok
+    assert refusal(get_account(sandbox.environment, old)).startswith("401 invalid_token")
+    assert get_account(sandbox.environment, new).headers["Cache-Control"] == "no-store"
     assert refresh(sandbox.environment, new).ok
 
 
@@ -155,75 +144,49 @@ def test_codes_and_tokens_expire() -> None:
         assert get_tokens(sandbox)["error_description"] == "Code not valid"
     with Sandbox(REDIRECT_URI, port=0, expires_in=0, refresh_expires_in=0) as sandbox:
         tokens = get_tokens(sandbox)
-        assert refusal(get_account(sandbox.environment, tokens)) == "401 invalid_token"
-        assert "Token is not active" in refusal(refresh(sandbox.environment, tokens))
+        assert get_account(sandbox.environment, tokens).status_code == 401
+        assert "invalid_grant" in refusal(refresh(sandbox.environment, tokens))
 
 
 def test_the_account_needs_its_scope(sandbox: Sandbox) -> None:
-    tokens = get_tokens(sandbox, scope="users:read")
-    assert refusal(get_account(sandbox.environment, tokens)) == "403 insufficient_scope"
+    response = get_account(sandbox.environment, get_tokens(sandbox, scope="users:read"))
+    assert refusal(response).startswith("403 insufficient_scope")
+    assert "insufficient_scope" in response.headers["WWW-Authenticate"]
 
 
 # --- The command ----------------------------------------------------------------------------------
 
-posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no sh, nor signals")
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 # Starts Python in a session of its own, as a terminal does.
-OWN_SESSION = (
-    "import os, sys; os.setsid(); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-)
+OWN_SESSION = "import os, sys; os.setsid(); it = sys.executable; os.execv(it, [it, *sys.argv[1:]])"
 
 
 @pytest.fixture(autouse=True)
 def _command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("script.SCRIPT", COMMAND)
+    monkeypatch.setattr("script.SCRIPT", Path(stand_in.__file__))
 
 
-@pytest.fixture
-def served(environment: dict[str, str]) -> Iterator[Served]:
-    """The server alone, and the configuration that it has printed."""
-    uri = "http://localhost:1/a?b=&c"
-    with Script("--serve", uri, environment={**environment, "CLIENT_ID": "mine"}) as script:
+def test_serve_tells_what_came_of_each_request(environment: dict[str, str]) -> None:
+    with Script("--serve", "http://localhost:1/a?b=&c", environment=environment) as script:
         script.until("# The requests:")
-        yield script, dotenv_values(stream=io.StringIO(script.stdout), interpolate=False)
-
-
-@posix_only
-def test_a_shell_reads_what_serve_prints_as_python_dotenv_does(served: Served) -> None:
-    script, config = served
-    echo = "printf '%s\\n' " + " ".join(f'"${key}"' for key in config)
-    read = subprocess.check_output(["sh", "-c", f"{script.stdout}\n{echo}"], text=True)
-    assert read.splitlines() == [*config.values()]
-
-
-def test_serve_tells_what_came_of_each_request_and_nothing_secret(served: Served) -> None:
-    script, config = served
-    assert (len(config), config["REDIRECT_URI"]) == (7, "http://localhost:1/a?b=&c")
-    code = get_code(config)
-    get_account(config, exchange(config, code=code).json())
-    exchange(config, code=code)
-    send("GET", authorize_url(config, redirect_uri="x"))
-    send("GET", config["TEST_API_ENDPOINT"] + "/%1b%0a")  # would steer the terminal
-    answer_login_page(authorize_url(config), "deny")
-    script.until("access_denied")
+        config: Config = dotenv_values(stream=io.StringIO(script.stdout), interpolate=False)
+        assert config["REDIRECT_URI"] == "http://localhost:1/a?b=&c"
+        assert shlex.split(script.stdout, comments=True) == [f"{k}={v}" for k, v in config.items()]
+        code = get_code(config)
+        exchange(config, code=code)
+        exchange(config, code=code)
+        send("GET", authorize_url(config, redirect_uri="x"))
+        send("GET", config["TEST_API_ENDPOINT"] + "/%1b%0a")  # would steer the terminal
+        script.until("NOT FOUND")
     realm = "/auth/realms/third-party/protocol/openid-connect"
     assert script.stdout.partition("# The requests:\n")[2].splitlines() == [
-        f"GET {realm}/auth: Sandbox login page",
+        f"GET {realm}/auth: 200 OK",
         f"POST {realm}/auth: code issued",
         f"POST {realm}/token: tokens issued",
-        "GET /v2/account: account",
         f"POST {realm}/token: invalid_grant: Code not valid",
-        f"GET {realm}/auth: Invalid parameter: redirect_uri",
+        f"GET {realm}/auth: 400 Invalid parameter: redirect_uri",
         r"GET /v2/account/\x1b\n: 404 NOT FOUND",
-        f"GET {realm}/auth: Sandbox login page",
-        f"POST {realm}/auth: access_denied",
     ]
-
-
-@posix_only
-def test_ctrl_c_ends_serve(served: Served) -> None:
-    script, _ = served
-    script.interrupt()
-    assert (script.status(), script.stderr) == (130, "")
 
 
 def test_serve_refuses_a_redirect_uri_that_can_not_work() -> None:
@@ -231,51 +194,42 @@ def test_serve_refuses_a_redirect_uri_that_can_not_work() -> None:
         stand_in.serve("8080")
 
 
+@posix_only
+def test_the_exit_status_is_the_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stand_in, "SCRIPT", tmp_path / "script.py")
+    stand_in.SCRIPT.write_text("import os, sys; eval(sys.argv[-1])")
+    assert stand_in.run_script(["sys.exit(2)"]) == 2
+    assert stand_in.run_script(["os.kill(os.getpid(), 9)"]) == 128 + 9
+
+
 @pytest.mark.xdist_group("port 8080")
 def test_the_script_logs_in_whatever_the_environment_says(environment: dict[str, str]) -> None:
-    mine = dict.fromkeys(("CLIENT_ID", "CLIENT_SECRET", "REDIRECT_URI", "AUTH_URL"), "mine")
-    with Script("--no-browser", environment={**environment, **mine}) as script:
+    with Script("--no-browser", environment={**environment, "AUTH_URL": "mine"}) as script:
         assert log_in(script).ok
         assert (script.status(), script.stderr) == (0, "")
-        assert script.stdout.count("Müller Sandkästen GmbH") == 2
-
-
-def test_options_and_exit_status_are_those_of_the_script(environment: dict[str, str]) -> None:
-    with Script("--no-such-option", environment=environment) as script:
-        assert script.status() == 2
-        assert "--no-such-option" in script.stderr
-
-
-@posix_only
-def test_a_signal_that_ends_the_script_shows_in_the_exit_status(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stand_in, "SCRIPT", tmp_path / "script.py")
-    stand_in.SCRIPT.write_text("import os; os.kill(os.getpid(), 9)")
-    assert stand_in.run_script([]) == 128 + 9
 
 
 @posix_only
 @pytest.mark.xdist_group("port 8080")
+@pytest.mark.parametrize("run", ["--no-browser", "--serve"])
 @pytest.mark.parametrize(("kill", "number"), [("killpg", 2), ("kill", 2), ("kill", 15)])
-def test_a_signal_ends_both(environment: dict[str, str], kill: str, number: int) -> None:
-    with Script("--no-browser", environment=environment, python=("-c", OWN_SESSION)) as script:
-        uri = parse_qs(urlsplit(script.url()).query)["redirect_uri"][0]
+def test_a_signal_ends_all(environment: dict[str, str], run: str, kill: str, number: int) -> None:
+    with Script(run, environment=environment, python=("-c", OWN_SESSION)) as script:
+        script.until("http://localhost")
         getattr(os, kill)(script.process.pid, number)
         assert (script.status(), script.stderr) == (128 + number, "")
-    with pytest.raises(requests.ConnectionError):
-        send("GET", uri)
+        with pytest.raises(AssertionError, match="ended"):
+            script.until("no such line")  # nor is there a process that could print it
 
 
 def test_a_missing_package_gets_one_line_of_advice(environment: dict[str, str]) -> None:
-    # Without the site module, there are no installed packages.
-    with Script(environment=environment, python=("-S",)) as script:
+    with Script(environment=environment, python=("-S",)) as script:  # none is found
         assert script.status() == 1
         assert re.fullmatch(r"Error: .* -r tests/requirements-sandbox.txt\n", script.stderr)
 
 
+@pytest.mark.xdist_group("port 8080")
 def test_taken_ports_are_passed_over() -> None:
     with Sandbox(port=8080) as first, Sandbox(port=8080) as second:
-        urls = (first.url, second.url, second.environment["REDIRECT_URI"])
-    ports = [urlsplit(url).port or 0 for url in urls]
-    assert ports == sorted(set(ports))
+        urls = {first.url, second.url, second.environment["REDIRECT_URI"]}
+    assert len({urlsplit(url).port for url in urls}) == 3
