@@ -416,7 +416,6 @@ class CallbackServer(socketserver.ThreadingTCPServer):
     """Listens on one loopback address, with a thread for each connection: a browser leaves some
     idle. (An HTTPServer first looks up the name of this machine, which can take seconds.)"""
 
-    daemon_threads = True  # the end of the program does not wait for them
     request_queue_size = 128  # connections
     allow_reuse_address = sys.platform != "win32"  # there it would let others take the port, too
 
@@ -451,7 +450,7 @@ def callback_server(redirect_uri: str, state: str) -> Iterator[Callbacks]:
                 what = f"Can't listen on port {uri.port or 80} of {address}: {error.strerror}"
                 stop = "" if isinstance(error, PermissionError) else " Or stop what uses this port."
                 raise LoginError(what, OTHER_PORT + stop) from error
-            threading.Thread(target=server.serve, daemon=True).start()
+            threading.Thread(target=server.serve).start()
             servers.append(server)
         threading.Thread(target=read_pasted, args=[state, callbacks], daemon=True).start()
         hint.start()
@@ -552,7 +551,8 @@ def main() -> int:
     add, config = parser.add_argument, Path(__file__).with_name("config.env")
     add("--config", metavar="FILE", default=config, help="the configuration (default: %(default)s)")
     add("--no-browser", action="store_true", help="do not open the browser (default: open it)")
-    add("--timeout", metavar="SECONDS", type=float, default=300, help="wait (default: %(default)s)")
+    text = "wait so long for the callback (default: %(default)s)"
+    add("--timeout", metavar="SECONDS", type=float, default=300, help=text)
     add("--show-tokens", action="store_true", help="print tokens in full (default: masked)")
     options = parser.parse_args()
     if not 0 < options.timeout <= 86400:

@@ -28,7 +28,6 @@ REALM: dict[str, Any] = json.loads(REALM_FILE.read_text(encoding="utf-8"))
 (CLIENT,) = REALM["clients"]
 (USER,) = REALM["users"]
 USERNAME, PASSWORD = USER["username"], USER["credentials"][0]["value"]
-ADMIN = {"username": "admin", "password": "admin"}
 START_TIMEOUT = 240  # seconds; 15 is usual, and 40 for the first time, when it builds itself
 
 
@@ -37,7 +36,7 @@ class Keycloak:
 
     In: home, the folder of the distribution. All that is written there is the build that Keycloak
     makes at its first start and keeps; the database and the rest end with the block.
-    Out: `environment()` with the variables for sipgate_oauth.py, and `forget_consent()`.
+    Out: `environment()` with the variables for sipgate_oauth.py.
     """
 
     def __init__(self, home: Path) -> None:
@@ -56,20 +55,10 @@ class Keycloak:
             "CLIENT_SECRET": CLIENT["secret"],
             "OAUTH_SCOPE": scope,
             "REDIRECT_URI": redirect_uri,
-            "AUTH_URL": f"{endpoints}/auth",
+            "AUTH_URL": f"{endpoints}/auth?prompt=consent",  # also if it was given before
             "TOKEN_URL": f"{endpoints}/token",
             "TEST_API_ENDPOINT": f"{endpoints}/userinfo",
         }
-
-    def forget_consent(self) -> None:
-        """Let the next login ask for consent as the first one does; all tokens end with this."""
-        token_url = f"{self.url}/realms/master/protocol/openid-connect/token"
-        form = {"grant_type": "password", "client_id": "admin-cli", **ADMIN}
-        token = self._http.post(token_url, data=form, timeout=10).json()["access_token"]
-        user = f"{self.url}/admin/realms/{REALM['realm']}/users/{USER['id']}"
-        url = f"{user}/consents/{CLIENT['clientId']}"
-        answer = self._http.delete(url, headers={"Authorization": f"Bearer {token}"}, timeout=10)
-        assert answer.status_code in (204, 404), answer.text  # 404: there was none
 
     def __enter__(self) -> "Keycloak":
         with contextlib.ExitStack() as undo:
@@ -92,11 +81,9 @@ class Keycloak:
         shutil.copy(REALM_FILE, imports / f"{REALM['realm']}-realm.json")  # has to be named so
         options = ["--import-realm", "--db=dev-mem", "--http-relative-path=/auth"]
         options += ["--http-host=127.0.0.1", f"--http-port={self.port}", f"-Dkc.home.dir={folder}"]
-        admin = {f"KC_BOOTSTRAP_ADMIN_{key.upper()}": value for key, value in ADMIN.items()}
         with log.open("wb") as output:
             return subprocess.Popen(
                 [self.home / "bin" / "kc.sh", "start-dev", *options],
-                env={**os.environ, **admin},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import parse_qs, urlsplit
 
 import requests
@@ -104,15 +104,12 @@ class Script:
         """What the script has printed to stderr so far."""
         return "".join(self._err)
 
-    def until(self, text: str, in_stderr: bool = False) -> str:
-        """Wait until a line of the output holds the text, and return that line."""
-        lines, reader = (
-            (self._err, self._readers[1]) if in_stderr else (self._out, self._readers[0])
-        )
+    def until(self, text: str) -> str:
+        """Wait until a line of the output or of stderr holds the text, and return that line."""
         deadline = time.monotonic() + PATIENCE
         while True:
-            ended = not reader.is_alive()
-            for line in list(lines):
+            ended = not any(reader.is_alive() for reader in self._readers)
+            for line in self._out + self._err:
                 if text in line:
                     return line
             assert not ended, f"ended without {text!r}:\n{self.stdout}\n{self.stderr}"
@@ -162,21 +159,22 @@ class Script:
                 stream.close() if stream else None
 
 
-def answer_login_page(url: str, answer: str = "allow") -> str:
-    """Press a button on the sandbox's login page: "allow" or "deny"; return where it leads to."""
+def send(method: str, url: str, **content: Any) -> requests.Response:
+    """Send a request as a browser does, but follow no redirect."""
     with requests.Session() as browser:
         browser.trust_env = False
-        page = browser.get(url, timeout=PATIENCE)
-        assert page.status_code == 200, page.text
-        redirect = browser.post(url, {"answer": answer}, allow_redirects=False, timeout=PATIENCE)
-    return redirect.headers["Location"]
+        return browser.request(method, url, allow_redirects=False, timeout=PATIENCE, **content)
 
 
 def visit(url: str) -> requests.Response:
-    """Open a URL as a browser does, and return the page."""
-    with requests.Session() as browser:
-        browser.trust_env = False
-        return browser.get(url, timeout=PATIENCE)
+    """Open a URL, and return the page."""
+    return send("GET", url)
+
+
+def answer_login_page(url: str, answer: str = "allow") -> str:
+    """Press a button on the sandbox's login page: "allow" or "deny"; return where it leads to."""
+    assert visit(url).status_code == 200
+    return send("POST", url, data={"answer": answer}).headers["Location"]
 
 
 def log_in(script: Script, answer: str = "allow") -> requests.Response:

@@ -86,7 +86,7 @@ def test_a_paste_after_a_wrong_one_logs_in_once_also_if_the_browser_comes_back(
     script = start(**sandbox.environment)
     callback = answer_login_page(script.url())
     script.type("hello\n")
-    script.until("Paste the whole address", in_stderr=True)
+    script.until("Paste the whole address")
     script.type(f"{callback}\n")
     with contextlib.suppress(requests.ConnectionError):  # the port may be closed by then
         visit(callback)

@@ -1,6 +1,5 @@
 """The documentation says what there is: commands, output, code, names, messages and links."""
 
-import inspect
 import os
 import re
 import shlex
@@ -124,14 +123,6 @@ def test_the_examples_of_other_providers_can_work() -> None:
     table = {cells[0]: cells[1:] for cells in rows(section("### Another provider"))}
     for key in KEYS[2:]:
         assert [problem_with(key, code(value)[0]) for value in table[f"`{key}`"]] == ["", ""]
-
-
-def test_a_web_application_can_have_an_https_redirect_uri_after_the_change() -> None:
-    (removed,) = [text for text in code(section("### Into a web application")) if "!=" in text]
-    changed = dict(vars(sipgate_oauth))
-    exec(inspect.getsource(problem_with).replace(f" {removed}", ""), changed)
-    assert problem_with("REDIRECT_URI", "https://example.com/oauth")
-    assert not changed["problem_with"]("REDIRECT_URI", "https://example.com/oauth")
 
 
 def test_each_function_and_parameter_that_is_named_exists() -> None:

@@ -8,7 +8,6 @@ import ssl
 import struct
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -233,13 +232,6 @@ UNUSUAL_ANSWERS = {
 def test_an_unusual_answer_is_good_enough(server: OddServer, odd: str) -> None:
     server.answers.update(dict.fromkeys(["/token", "/account"], [UNUSUAL_ANSWERS[odd]]))
     assert four_requests(server)["access_token"] == TOKENS["access_token"]
-
-
-@pytest.mark.parametrize("depth", [450, 485, 900, 930, 960, 990, 1200])
-def test_nesting_that_python_can_just_read_is_no_crash(server: OddServer, depth: int) -> None:
-    server.answers["/account"] = [answer(b'{"a":' + b"[" * depth + b"]" * depth + b"}")]
-    with suppress(LoginError):
-        four_requests(server)
 
 
 @pytest.mark.parametrize(
