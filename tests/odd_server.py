@@ -69,7 +69,7 @@ class Handler(socketserver.StreamRequestHandler):
                 body = self.rfile.read(int(headers.get("Content-Length", 0))).decode()
                 request = Request(method, target, headers, dict(parse_qsl(body)), self.connection)
                 self.server.requests.append(request)
-                answers = self.server.answers[target]
+                answers = self.server.answers.get(target, [b"HTTP/1.1 404 No\r\n\r\n"])
                 chosen = answers.pop(0) if len(answers) > 1 else answers[0]
                 said = chosen(request) if callable(chosen) else chosen
                 self.wfile.write(said)

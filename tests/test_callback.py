@@ -256,10 +256,3 @@ def test_after_30_s_errors_are_explained(uri: str, capsys: pytest.CaptureFixture
         hint.function(*hint.args, **hint.kwargs)  # as it will, then
     assert hint.finished.is_set()  # so it will not, after the wait
     assert capsys.readouterr() == ("", f"{program.BROWSER_ERRORS}\n")
-
-
-def test_errors_are_explained_at_the_time_out(sandbox: Sandbox, start: Start) -> None:
-    script = start("--timeout", "0.3", **sandbox.environment)
-    assert script.status() == 1
-    assert script.stderr.startswith("Error: No callback came in 0.3 seconds.\nStart again; --time")
-    assert script.stderr.count(program.BROWSER_ERRORS) == 1

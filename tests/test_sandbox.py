@@ -215,10 +215,3 @@ def test_a_missing_package_gets_one_line_of_advice(environment: dict[str, str]) 
     with Script(environment=environment, python=("-S",)) as script:  # none is found
         assert script.status() == 1
         assert re.fullmatch(r"Error: .* -r tests/requirements-sandbox.txt\n", script.stderr)
-
-
-@pytest.mark.xdist_group("port 8080")
-def test_taken_ports_are_passed_over() -> None:
-    with Sandbox(port=8080) as first, Sandbox(port=8080) as second:
-        urls = {first.url, second.url, second.environment["REDIRECT_URI"]}
-    assert len({urlsplit(url).port for url in urls}) == 3
