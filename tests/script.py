@@ -1,9 +1,9 @@
 """Run sipgate_oauth.py as a person does: as a process, with a browser that is an HTTP client."""
 
 import contextlib
+import itertools
 import os
 import queue
-import secrets
 import signal
 import socket
 import subprocess
@@ -27,14 +27,16 @@ PATIENCE = 30  # seconds after which a test gives up waiting for an event
 FOREIGN = (*KEYS, "PROXY", "BROWSER", "DISPLAY", "CA_BUNDLE", "PYTHON", "NETRC")
 
 
-def free_port() -> int:
-    """Return a port that is free on 127.0.0.1 and, where there is IPv6, on ::1.
+# Below those that systems give to outgoing connections, which could take one meanwhile; and others
+# for each process, because tests run in parallel.
+PORTS = (20_000 + (100 * os.getpid() + number) % 12_000 for number in itertools.count())
 
-    It is below those that systems give to outgoing connections: such a one could take it meanwhile.
-    """
+
+def free_port() -> int:
+    """Return a port that is free on 127.0.0.1 and, where there is IPv6, on ::1."""
     addresses = {"127.0.0.1": socket.AF_INET, **({"::1": socket.AF_INET6} if ipv6_works() else {})}
     while True:
-        port = 20_000 + secrets.randbelow(12_000)  # random would begin anew with each test
+        port = next(PORTS)
         with contextlib.suppress(OSError):
             for address, family in addresses.items():
                 socket.create_server((address, port), family=family).close()
