@@ -8,12 +8,12 @@ The login is an authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 
 comes back to this program on the loopback interface (RFC 8252, section 7.3). log_in takes six
 steps; each has a section; then comes what they need of HTTP, of sockets, and of the terminal.
 
-1. Configuration    load_config        who this client is, and where sipgate's servers are
-2. Authorize URL    authorize_url      where the browser goes, for the person to log in
-3. Callback         wait_for_callback  where the browser comes back to, with a code
-4. Code for tokens  exchange_code      the code becomes an access token and a refresh token
-5. Account          get_account        the access token opens the API
-6. Refresh          refresh_tokens     the refresh token becomes a new pair of tokens
+1. Configuration    load_config     who this client is, and where sipgate's servers are
+2. Authorize URL    authorize_url   where the browser goes, for the person to log in
+3. Callback         check_callback  what the browser brings back: a code
+4. Code for tokens  exchange_code   the code becomes an access token and a refresh token
+5. Account          get_account     the access token opens the API
+6. Refresh          refresh_tokens  the refresh token becomes a new pair of tokens
 """
 
 import signal
@@ -22,7 +22,7 @@ import sys
 if sys.version_info < (3, 10):
     sys.exit("Error: this Python is too old.\nStart the program with Python 3.10 or newer.")
 if __name__ == "__main__":
-    # Ctrl+C ends the program at once, whatever it waits for, and already while it loads.
+    # Ctrl+C ends the program at once, also while it loads, and runs no `finally` any more.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -61,7 +61,7 @@ def log_in(options: argparse.Namespace) -> None:
     # 256 random bits in each (RFC 6749, section 10.10; RFC 7636, section 7.1).
     state, code_verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
     url = authorize_url(config, state, code_challenge_for(code_verifier))
-    # Listens there, and to what is pasted, for what check_callback accepts.
+    # In here, check_callback checks each request that comes in, and each address that is pasted.
     with callback_server(config["REDIRECT_URI"], state) as callbacks:
         say("2. Authorize URL: open it in your browser and log in")
         show_request("GET", url)
@@ -81,7 +81,7 @@ def log_in(options: argparse.Namespace) -> None:
         say("5. Account: what the access token opens")
         get_account(session, config["TEST_API_ENDPOINT"], tokens["access_token"])
 
-        # Here to show it. A program refreshes before expires_in is over, and stores what it gets.
+        # To show it: do so before expires_in (seconds) is over, and store each new pair at once.
         say("6. Refresh: the refresh token becomes a new pair; at sipgate, this ends the old one")
         tokens = refresh_tokens(session, config, tokens)
         say("   The account again, with the new access token")
@@ -120,7 +120,7 @@ Without a sipgate account, try the sandbox: python tests/sandbox.py"""
     found = [(key, problem_with(key, config[key])) for key in KEYS]
     problems = [f"{key} {problem}" for key, problem in found if problem]
     if problems:
-        # What is missing may stand under a name that is misspelt. (A secret may end in =, too.)
+        # What is missing may be misspelt. (What has only a = may be the end of a secret: hide it.)
         unknown = [k for k, v in from_file.items() if k not in KEYS and (v or "").strip("=")]
         problems += [f"{key} is no key of this program" for key in unknown]
         raise ConfigurationError(f"The configuration can't work: {'; '.join(problems)}", advice)
@@ -152,7 +152,7 @@ def authorize_url(config: Config, state: str, code_challenge: str) -> str:
 
 # --- 3. Callback ----------------------------------------------------------------------------------
 
-Callbacks = queue.SimpleQueue[dict[str, str]]  # of parameters that check_callback has accepted
+Callbacks = queue.SimpleQueue[dict[str, str]]  # of what check_callback returned
 
 
 def check_callback(query: str, state: str) -> dict[str, str]:
@@ -168,9 +168,9 @@ def check_callback(query: str, state: str) -> dict[str, str]:
         raise CallbackRefused(400, "A parameter is there more than once.")
     if not parameters.keys() & {"code", "error", "state"}:
         raise CallbackRefused(400, "This is no answer to a login.")
-    # Without this, any web page could end the login here, with a code or an error of its own (RFC
-    # 6749, section 10.12). In constant time, so that a guess learns nothing; as bytes, because
-    # compare_digest takes no non-ASCII text.
+    # Any web page can send a code or an error here, but only our browser brings our state (RFC
+    # 6749, section 10.12). Compared in constant time, so that a guess learns nothing; as bytes,
+    # because compare_digest takes no non-ASCII text.
     received = parameters.get("state", "")
     if not state or not secrets.compare_digest(received.encode(), state.encode()):
         raise CallbackRefused(403, FOREIGN_STATE)
@@ -201,8 +201,8 @@ def exchange_code(session: "Session", config: Config, code: str, code_verifier: 
     """Exchange the authorization code for tokens (RFC 6749, section 4.1.3). Raises LoginError.
 
     A thief of the code lacks the code verifier (RFC 7636, section 4.6). The client secret shows
-    which client is asking (RFC 6749, section 2.3.1). It is yours alone: a program for others has
-    none that it could keep (RFC 8252, section 8.5).
+    which client is asking (RFC 6749, section 2.3.1). Never ship one: what others get can't keep a
+    secret (RFC 8252, section 8.5).
     """
     form = {
         "grant_type": "authorization_code",
@@ -229,7 +229,7 @@ def check_tokens(config: Config, answer: Json) -> Json:
 
 
 def get_account(session: "Session", url: str, access_token: str) -> Json:
-    """Return the account, which the token opens (RFC 6750, section 2.1). Raises LoginError."""
+    """Show and return the account (RFC 6750, section 2.1). Raises LoginError."""
     headers = {"Authorization": f"Bearer {access_token}"}
     return call(session, "GET", url, headers=headers)
 
@@ -240,8 +240,8 @@ def get_account(session: "Session", url: str, access_token: str) -> Json:
 def refresh_tokens(session: "Session", config: Config, tokens: Json) -> Json:
     """Exchange the refresh token for new tokens (RFC 6749, section 6). Raises LoginError.
 
-    sipgate ends the old pair with this: if a thief has the refresh token too, the second use of it
-    is refused, and the theft is found out (RFC 9700, section 4.14.2).
+    sipgate ends the old pair with this: whoever uses a refresh token second is refused, which tells
+    that somebody else has it, too (RFC 9700, section 4.14.2).
     """
     if not tokens.get("refresh_token") or not isinstance(tokens["refresh_token"], str):
         what = f"{urlsplit(config['TOKEN_URL']).netloc} sent no refresh token"
