@@ -67,7 +67,7 @@ def log_in(options: argparse.Namespace) -> None:
         show_request("GET", url)
         say("", url, "")
         if not options.no_browser:
-            threading.Thread(target=open_browser, args=[url], daemon=True).start()
+            threading.Thread(target=open_browser, args=[url]).start()
 
         say(f"3. Callback: the browser comes back, within {options.timeout:g} seconds")
         say("   If the browser then shows anything else than how the login went, copy the address")
@@ -111,7 +111,7 @@ def load_config(path: Path) -> Config:
     except FileNotFoundError:
         from_file = {}
         advice = f"""There is no {path}: copy config.example.env to it, and fill it in.
-Without a sipgate account, try the sandbox: python tests/sandbox.py"""
+Without a sipgate account, try the sandbox: see "Try it now" in README.md."""
     except (OSError, UnicodeError) as error:
         advice = f"{path} should be a UTF-8 text of KEY=value lines, like config.example.env."
         raise ConfigurationError(f"Can't read the configuration: {error}", advice) from error
@@ -278,10 +278,10 @@ FOREIGN_STATE = "State in the callback does not match the state in the original 
 ADVICE = {
     "access_denied": "You or sipgate said no. To go on, start again and allow the access.",
     "insufficient_scope": "Check OAUTH_SCOPE: it needs the scope for this call (account:read).",
-    "invalid_client": "Check CLIENT_ID and CLIENT_SECRET against console.sipgate.com.",
+    "invalid_client": "Check CLIENT_ID and CLIENT_SECRET (step 1 tells where they come from).",
     "invalid_grant": "The code or the refresh token was used before, or has expired. Start again.",
     "invalid_scope": "Check OAUTH_SCOPE: scopes that sipgate knows, separated by spaces.",
-    "unauthorized_client": "Check CLIENT_ID and CLIENT_SECRET against console.sipgate.com.",
+    "unauthorized_client": "Check CLIENT_ID and CLIENT_SECRET (step 1 tells where they come from).",
 }
 CHECK_KEY = "Check {} in the configuration. If it is right, try again later."
 CHECK_NETWORK = """Check {} and the network. If they are set in the environment, check HTTPS_PROXY,
@@ -475,7 +475,7 @@ def read_pasted(state: str, callbacks: Callbacks) -> None:
                 callbacks.put(check_callback(address.partition("?")[2].partition("#")[0], state))
                 return
             except CallbackRefused as refused:
-                say(refused.args[1], "Paste the whole address that you see.", file=sys.stderr)
+                say(refused.args[1], "Paste what the browser shows at the end.", file=sys.stderr)
 
 
 def open_browser(url: str) -> None:

@@ -53,7 +53,7 @@ try:
     from joserfc.jwk import RSAKey
     from waitress import create_server, wasyncore  # type: ignore[import-untyped]
 except ImportError as error:
-    advice = "Install it with: python -m pip install -r tests/requirements-sandbox.txt"
+    advice = 'Use the command under "Try it now" in README.md.'
     sys.exit(f"Error: {error}. {advice}")
 except KeyboardInterrupt:
     sys.exit(130)
@@ -408,7 +408,7 @@ def run_script(arguments: list[str]) -> int:
     """Run sipgate_oauth.py in a process of its own. Out: its exit status."""
     with Sandbox() as sandbox:
         print(f"Sandbox: a stand-in for sipgate, at {sandbox.url}. No account is needed.")
-        print("For a program of your own: python tests/sandbox.py --serve", flush=True)
+        print("For a program of your own: repeat with --serve", flush=True)
         # The environment has it all: no config.env of the person's gets in the way.
         command = [sys.executable, str(SCRIPT), "--config", os.devnull, *arguments]
         status = subprocess.call(command, env=os.environ | sandbox.environment)

@@ -6,7 +6,6 @@ import subprocess
 import threading
 from base64 import urlsafe_b64decode
 from collections.abc import Callable
-from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
@@ -15,7 +14,7 @@ from sandbox import Sandbox
 from script import PATIENCE, ROOT, SCRIPT, Script, answer_login_page, visit
 
 import sipgate_oauth
-from sipgate_oauth import Session, code_challenge_for, describe, masked, refresh_tokens, say
+from sipgate_oauth import code_challenge_for, describe, masked, say
 
 Start = Callable[..., Script]
 
@@ -99,15 +98,6 @@ def test_without_a_refresh_token_the_account_is_shown(server: OddServer, start: 
     assert '"company": "Odd Ltd"' in script.stdout
 
 
-def test_without_a_new_refresh_token_the_old_one_stays(server: OddServer) -> None:
-    answer: dict[str, Any] = {"access_token": "new", "token_type": "bearer"}
-    for new in ({}, {"refresh_token": None}, {"refresh_token": "new"}):
-        server.answer_at("code for tokens", json_answer(answer | new))
-        with Session(show_tokens=False) as session:
-            tokens = refresh_tokens(session, server.environment, {"refresh_token": "old"})
-        assert tokens == answer | {"refresh_token": new.get("refresh_token") or "old"}
-
-
 def test_every_message_is_shown_with_its_secrets_masked(login: Script, server: OddServer) -> None:
     events = re.findall(r"^ *(\d\. \w+|GET|POST|200 OK|http:.+)", login.stdout, re.MULTILINE)
     assert " ".join(events) == (
@@ -116,6 +106,7 @@ def test_every_message_is_shown_with_its_secrets_masked(login: Script, server: O
     )
     url, account = f"http://{server.host}", '   200 OK\n{\n  "company": "Müller & Co"\n}\n'
     for part in [
+        f"\n\n{login.url()}\n\n3. Callback",
         f"GET {url}/auth\n      hint: a b\n      response_type: code\n      client_id: id & co\n",
         "within 300 seconds\n   If the browser ",
         f"press Enter.\n   GET {server.environment['REDIRECT_URI']}\n      code: cBB... (13 char",

@@ -59,7 +59,7 @@ def test_an_address_is_accepted_as_people_copy_it(paste: Paste, start: bytes) ->
 
 def test_a_wrong_address_is_told_and_the_next_one_counts(paste: Paste) -> None:
     for wrong, why in WRONG.items():
-        told = [why, "Paste the whole address that you see."]
+        told = [why, "Paste what the browser shows that you see."]
         assert paste(b"%b\n?%b\n?%b\n" % (wrong, QUERY, QUERY)) == [*told, "a-code"], wrong
 
 
@@ -86,7 +86,7 @@ def test_a_paste_after_a_wrong_one_logs_in_once_also_if_the_browser_comes_back(
     script = start(**sandbox.environment)
     callback = answer_login_page(script.url())
     script.type("hello\n")
-    script.until("Paste the whole address")
+    script.until("Paste what the browser shows")
     script.type(f"{callback}\n")
     with contextlib.suppress(requests.ConnectionError):  # the port may be closed by then
         visit(callback)

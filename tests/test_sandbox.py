@@ -214,4 +214,4 @@ def test_a_signal_ends_all(environment: dict[str, str], run: str, kill: str, num
 def test_a_missing_package_gets_one_line_of_advice(environment: dict[str, str]) -> None:
     with Script(environment=environment, python=("-S",)) as script:  # none is found
         assert script.status() == 1
-        assert re.fullmatch(r"Error: .* -r tests/requirements-sandbox.txt\n", script.stderr)
+        assert re.fullmatch(r'Error: .*"Try it now" in README.md.\n', script.stderr)

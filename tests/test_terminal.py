@@ -243,6 +243,15 @@ def test_a_login_among_strays_causes_no_warning(sandbox: Sandbox, start: Start) 
     assert script.stderr.count("\n") == 2  # about the wrong state
 
 
+def test_a_bug_ends_the_program_though_stdin_is_open(sandbox: Sandbox, start: Start) -> None:
+    bug = "import json, runpy, sys; json.dumps = None; del sys.argv[0]"
+    then = "runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = start(python=("-c", f"{bug}; {then}"), **sandbox.environment)
+    log_in(script)
+    assert script.status() == 1
+    assert "TypeError" in script.stderr
+
+
 def test_a_time_out_causes_no_warning(sandbox: Sandbox, start: Start) -> None:
     script = start("--timeout=0.1", **sandbox.environment, **DEVELOPMENT)
     assert script.status() == 1
