@@ -59,7 +59,7 @@ def test_an_address_is_accepted_as_people_copy_it(paste: Paste, start: bytes) ->
 
 def test_a_wrong_address_is_told_and_the_next_one_counts(paste: Paste) -> None:
     for wrong, why in WRONG.items():
-        told = [why, "Paste what the browser shows that you see."]
+        told = [why, "Paste what the browser shows at the end."]
         assert paste(b"%b\n?%b\n?%b\n" % (wrong, QUERY, QUERY)) == [*told, "a-code"], wrong
 
 
