@@ -38,6 +38,7 @@ import secrets
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -84,7 +85,6 @@ def log_in(options: argparse.Namespace) -> None:
         # To show it: do so before expires_in (seconds) is over, and store each new pair at once.
         say("6. Refresh: the refresh token becomes a new pair; at sipgate, this ends the old one")
         tokens = refresh_tokens(session, config, tokens)
-        say("   The account again, with the new access token")
         get_account(session, config["TEST_API_ENDPOINT"], tokens["access_token"])
 
 
@@ -230,8 +230,7 @@ def check_tokens(config: Config, answer: Json) -> Json:
 
 def get_account(session: "Session", url: str, access_token: str) -> Json:
     """Show and return the account (RFC 6750, section 2.1). Raises LoginError."""
-    headers = {"Authorization": f"Bearer {access_token}"}
-    return call(session, "GET", url, headers=headers)
+    return call(session, "GET", url, headers={"Authorization": f"Bearer {access_token}"})
 
 
 # --- 6. Refresh -----------------------------------------------------------------------------------
@@ -304,7 +303,7 @@ def problem_with(key: str, value: str) -> str:
         return ""
     with contextlib.suppress(ValueError):  # from a port above 65535
         uri = urlsplit(value)
-        plain = value.isascii() and not set(value) & set(" #\\") and "@" not in uri.netloc
+        plain = value.isascii() and not set(value) & set(' #\\"<>^`{|}') and "@" not in uri.netloc
         loopback = uri.scheme == "http" and uri.hostname in LOOPBACK
         # The client secret and the tokens go to these: in clear text only within this machine.
         endpoint = uri.scheme == "https" and uri.hostname and key != "REDIRECT_URI"
@@ -416,6 +415,7 @@ class CallbackServer(socketserver.ThreadingTCPServer):
     """Listens on one loopback address, with a thread for each connection: a browser leaves some
     idle. (An HTTPServer first looks up the name of this machine, which can take seconds.)"""
 
+    daemon_threads = True  # no end waits for them: a program could keep its connection for ever
     request_queue_size = 128  # connections
     allow_reuse_address = sys.platform != "win32"  # there it would let others take the port, too
 
@@ -465,17 +465,19 @@ def callback_server(redirect_uri: str, state: str) -> Iterator[Callbacks]:
 
 
 def read_pasted(state: str, callbacks: Callbacks) -> None:
-    """Read pasted addresses from stdin, until one is the callback of this login, or the end."""
-    with contextlib.suppress(AttributeError, OSError):  # from an stdin that is closed
-        # Unbuffered: it takes no more than a line at a time, and the exit waits for no lock.
-        for line in io.FileIO(sys.stdin.fileno(), closefd=False):
-            # People copy quotes, too, and browsers leave out the scheme, or add a #.
-            address = line.decode(errors="replace").strip(" \t\r\n\"'<>")
-            try:
-                callbacks.put(check_callback(address.partition("?")[2].partition("#")[0], state))
-                return
-            except CallbackRefused as refused:
-                say(refused.args[1], "Paste what the browser shows at the end.", file=sys.stderr)
+    """Read pasted addresses from stdin, until one is the callback of this login. It may go on after
+    the login: a program that has other uses for its stdin does without."""
+    while sys.stdin:  # which is None if it is closed
+        with contextlib.suppress(OSError):  # in the background of a terminal, until it is back
+            for line in io.FileIO(sys.stdin.fileno(), closefd=False):  # takes no more than a line
+                # People copy quotes, too, and browsers leave out the scheme, or add a #.
+                address, _, _ = line.decode(errors="replace").strip(" \t\r\n\"'<>").partition("#")
+                try:
+                    callbacks.put(check_callback(address.partition("?")[2], state))
+                    return
+                except CallbackRefused as refused:
+                    say(refused.args[1], "Paste what the browser shows last.", file=sys.stderr)
+        time.sleep(1)  # second
 
 
 def open_browser(url: str) -> None:
@@ -517,9 +519,8 @@ def show_answer(response: requests.Response, show_tokens: bool) -> Json:
 def masked(value: Any, name: str, show_tokens: bool = False) -> Any:
     """Return a value, or JSON, without what its name says is secret; show_tokens keeps tokens."""
     name = name.lower()
-    if show_tokens and name.endswith("token"):
-        return value
-    secret = name.endswith(("token", "secret", "verifier", "authorization")) or name == "code"
+    token = name.endswith("token") and not show_tokens
+    secret = token or name.endswith(("secret", "verifier", "authorization")) or name == "code"
     if isinstance(value, dict):
         return {k: masked(v, name if secret else k, show_tokens) for k, v in value.items()}
     if isinstance(value, list):
@@ -551,8 +552,7 @@ def main() -> int:
     add, config = parser.add_argument, Path(__file__).with_name("config.env")
     add("--config", metavar="FILE", default=config, help="the configuration (default: %(default)s)")
     add("--no-browser", action="store_true", help="do not open the browser (default: open it)")
-    text = "wait so long for the callback (default: %(default)s)"
-    add("--timeout", metavar="SECONDS", type=float, default=300, help=text)
+    add("--timeout", metavar="SECONDS", type=float, default=300, help="wait (default: %(default)s)")
     add("--show-tokens", action="store_true", help="print tokens in full (default: masked)")
     options = parser.parse_args()
     if not 0 < options.timeout <= 86400:

@@ -398,10 +398,12 @@ class Sandbox:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # In its own thread, and with the idle connections, which would be served on.
-        self._http.trigger.pull_trigger(lambda: wasyncore.close_all(self._sockets))
+        self._http.task_dispatcher.shutdown()  # which waits for the answer under way
+        trigger = self._http.trigger
+        with trigger.lock:  # without which the server's thread does not close it
+            trigger.thunks.append(lambda: wasyncore.close_all(self._sockets))  # the idle ones, too
+            trigger.pull_trigger()
         self._thread.join()
-        self._http.task_dispatcher.shutdown()
 
 
 def run_script(arguments: list[str]) -> int:
@@ -433,8 +435,7 @@ def serve(redirect_uri: str) -> NoReturn:
 
 
 def main() -> int:
-    # As an exception, which also ends the script.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the script, too
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--serve", nargs="?", const="", metavar="REDIRECT_URI")
     try:
