@@ -38,7 +38,6 @@ import secrets
 import socket
 import socketserver
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -392,9 +391,8 @@ class CallbackHandler(BaseHTTPRequestHandler):
                 self.server.warned = True
                 say(FOREIGN_STATE, "If it is an old tab, use the URL above.", file=sys.stderr)
         else:
-            title, text = "The login came through", "The terminal goes on from here."
-            if "error" in callback:
-                title, text = "The login did not come through", f"{describe(callback)}."
+            title = f"The login {'did not come' if 'error' in callback else 'came'} through"
+            text = describe(callback) if "error" in callback else "The terminal goes on from here."
             try:
                 self.send_error(200, title, text)  # http.server's function for a short page
             finally:  # not before: the program may end with it, and the page would be lost
@@ -438,7 +436,8 @@ def callback_server(redirect_uri: str, state: str) -> Iterator[Callbacks]:
     """Serve the redirect URI on each address of its host, until the callback has come (RFC 8252,
     section 8.3); yield where it arrives. Raises LoginError if an address can't be had: a browser
     might look for the callback there."""
-    uri, callbacks, servers = urlsplit(redirect_uri), Callbacks(), list[CallbackServer]()
+    uri, callbacks, done = urlsplit(redirect_uri), Callbacks(), threading.Event()
+    servers: list[CallbackServer] = []
     hint = threading.Timer(30, say, BROWSER_ERRORS.split("\n"), {"file": sys.stderr})  # seconds
     try:
         for address in LOOPBACK[uri.hostname or ""]:
@@ -452,10 +451,11 @@ def callback_server(redirect_uri: str, state: str) -> Iterator[Callbacks]:
                 raise LoginError(what, OTHER_PORT + stop) from error
             threading.Thread(target=server.serve).start()
             servers.append(server)
-        threading.Thread(target=read_pasted, args=[state, callbacks], daemon=True).start()
+        threading.Thread(target=read_pasted, args=[state, callbacks, done], daemon=True).start()
         hint.start()
         yield callbacks
     finally:
+        done.set()
         hint.cancel()
         for server in servers:  # the login does not wait for this
             threading.Thread(target=server.shutdown).start()
@@ -464,11 +464,11 @@ def callback_server(redirect_uri: str, state: str) -> Iterator[Callbacks]:
 # --- Terminal, browser and program ----------------------------------------------------------------
 
 
-def read_pasted(state: str, callbacks: Callbacks) -> None:
-    """Read pasted addresses from stdin, until one is the callback of this login. It may go on after
-    the login: a program that has other uses for its stdin does without."""
-    while sys.stdin:  # which is None if it is closed
-        with contextlib.suppress(OSError):  # in the background of a terminal, until it is back
+def read_pasted(state: str, callbacks: Callbacks, done: threading.Event) -> None:
+    """Read pasted addresses from stdin, until one is the callback of this login, or it is done."""
+    while not done.is_set():
+        # It fails without a stdin, and in the background of a terminal, until it is back.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             for line in io.FileIO(sys.stdin.fileno(), closefd=False):  # takes no more than a line
                 # People copy quotes, too, and browsers leave out the scheme, or add a #.
                 address, _, _ = line.decode(errors="replace").strip(" \t\r\n\"'<>").partition("#")
@@ -477,7 +477,7 @@ def read_pasted(state: str, callbacks: Callbacks) -> None:
                     return
                 except CallbackRefused as refused:
                     say(refused.args[1], "Paste what the browser shows last.", file=sys.stderr)
-        time.sleep(1)  # second
+        done.wait(1)  # second
 
 
 def open_browser(url: str) -> None:

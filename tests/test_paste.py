@@ -1,17 +1,22 @@
 """Pasted addresses: the way in for a browser that can't come back to this machine."""
 
 import contextlib
+import io
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import requests
 from sandbox import Sandbox
-from script import Script, answer_login_page, log_in, visit
+from script import Script, answer_login_page, free_port, log_in, visit
 
-from sipgate_oauth import FOREIGN_STATE, Callbacks, read_pasted
+from sipgate_oauth import FOREIGN_STATE, Callbacks, callback_server, read_pasted
 
 Start = Callable[..., Script]
 Paste = Callable[[bytes], list[str]]
@@ -44,7 +49,7 @@ def paste(
         callbacks = Callbacks()
         with (tmp_path / "stdin").open() as stdin:
             monkeypatch.setattr(sys, "stdin", stdin)
-            read_pasted("our-state", callbacks)
+            read_pasted("our-state", callbacks, Event())
         codes = [callbacks.get()["code"] for _ in range(callbacks.qsize())]
         return [*capsys.readouterr().err.splitlines(), *codes]
 
@@ -70,11 +75,18 @@ def test_an_stdin_that_can_not_be_read_is_tried_again(monkeypatch: pytest.Monkey
     callbacks, (reader, writer) = Callbacks(), os.pipe()
     os.set_blocking(reader, False)  # so it fails while there is nothing to read
     with open(reader) as stdin, open(writer, "wb", buffering=0) as person:
-        for it in (None, stdin):
-            monkeypatch.setattr(sys, "stdin", it)
-            monkeypatch.setattr("time.sleep", lambda _: person.write(b"?%b\n" % QUERY))
-            read_pasted("our-state", callbacks)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        done = Mock(is_set=lambda: False, wait=lambda seconds: person.write(b"?%b\n" % QUERY))
+        read_pasted("our-state", callbacks, done)
     assert callbacks.get_nowait()["code"] == "a-code"
+
+
+@pytest.mark.parametrize("stdin", [None, io.StringIO()], ids=["closed", "without a descriptor"])
+def test_reading_ends_with_the_wait(monkeypatch: pytest.MonkeyPatch, stdin: Any) -> None:
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with callback_server(f"http://127.0.0.1:{free_port()}/", "state"):
+        (reader,) = [it for it in threading.enumerate() if "read_pasted" in it.name]
+    reader.join()
 
 
 @pytest.mark.parametrize("silent", [True, False])

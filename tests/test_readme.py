@@ -48,11 +48,6 @@ def code(text: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", text)
 
 
-def test_it_can_be_read_in_ten_minutes() -> None:
-    assert len(README.splitlines()) <= 380
-    assert len(PROSE.split()) <= 2600
-
-
 FOR_THE_SANDBOX, FOR_THE_TESTS = [block for block in blocks("sh") if "&&" in block]
 # A browser that presses Allow. (It has no colon in it, because $BROWSER is a list with colons.)
 BROWSER = f"""import sys
