@@ -27,8 +27,7 @@ PATIENCE = 30  # seconds after which a test gives up waiting for an event
 FOREIGN = (*KEYS, "PROXY", "BROWSER", "DISPLAY", "CA_BUNDLE", "PYTHON", "NETRC")
 
 
-# Below those that systems give to outgoing connections, which could take one meanwhile; and others
-# for each process, because tests run in parallel.
+# Below those of outgoing connections, which could take one meanwhile; others for each process.
 PORTS = (20_000 + (100 * os.getpid() + number) % 12_000 for number in itertools.count())
 
 
