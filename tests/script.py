@@ -28,7 +28,7 @@ FOREIGN = (*KEYS, "PROXY", "BROWSER", "DISPLAY", "CA_BUNDLE", "PYTHON", "NETRC")
 
 
 # Below those of outgoing connections, which could take one meanwhile; others for each process.
-PORTS = (20_000 + (100 * os.getpid() + number) % 12_000 for number in itertools.count())
+PORTS = (20_000 + (7919 * os.getpid() + number) % 12_000 for number in itertools.count())
 
 
 def free_port() -> int:
