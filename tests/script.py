@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "sipgate_oauth.py"
 PATIENCE = 30  # seconds after which a test gives up waiting for an event
 
-# What the machine's own environment must not decide: the configuration, where requests go, and what
-# a browser is.
+# What the machine must not decide: the configuration, where requests go, and what a browser is.
 FOREIGN = (*KEYS, "PROXY", "BROWSER", "DISPLAY", "CA_BUNDLE", "PYTHON", "NETRC")
 
 

@@ -64,7 +64,8 @@ def send(uri: str, request: bytes, address: str = "127.0.0.1") -> str:
     """Send a request and then no more, and return the answer, or nothing if there is none."""
     with contextlib.suppress(ConnectionError), connect(uri, address) as connection:
         connection.sendall(request)
-        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # from a connection that is closed by now
+            connection.shutdown(socket.SHUT_WR)
         with connection.makefile(encoding="utf-8") as answer:
             return answer.read()
     return ""
