@@ -70,7 +70,7 @@ def log_in(options: argparse.Namespace) -> None:
             threading.Thread(target=open_browser, args=[url]).start()
 
         say(f"3. Callback: the browser comes back, within {options.timeout:g} seconds")
-        say("   If the browser then shows anything else than how the login went, copy the address")
+        say("   If the browser then shows anything other than how the login went, copy the address")
         say("   that it shows, paste it here, and press Enter.")
         code = wait_for_callback(config["REDIRECT_URI"], callbacks, options.timeout)
 
