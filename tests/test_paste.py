@@ -26,6 +26,7 @@ NO_ANSWER, TWICE = "This is no answer to a login.", "A parameter is there more t
 WRONG = {
     **dict.fromkeys([b"", b"hello", b"http://[?", QUERY, b"x" * 100_000], NO_ANSWER),
     b"?code=b&" + QUERY: TWICE,
+    b"?state=our-state": "There should be a code or an error.",
     **dict.fromkeys([b"?code=foreign&state=foreign", b"?state=\xff\x1b[2J"], FOREIGN_STATE),
     b"?state=" + b"x" * 100_000: FOREIGN_STATE,
 }
