@@ -295,7 +295,7 @@ BROWSER_ERRORS = """If the login page shows an error:
 def problem_with(key: str, value: str) -> str:
     """Return what keeps the value of a key from working, or an empty string."""
     if not value.strip() or value == f"YOUR_{key}":
-        return "is missing, empty or still the placeholder"
+        return "is missing or not filled in"
     if value != value.strip() or not value.isprintable():
         return "has a blank at one end, or a character that can't be seen"
     if key in CLIENT_KEYS:

@@ -101,7 +101,7 @@ UNSEEN = ["{good} ", "\xa0{good}", "{good}\n", "a\x1bb", "a\u202eb", "{good}\u20
 LIKE = "should look like {} (http only on localhost; a port from 1 to 65535)"
 TABLE = [
     (KEYS, ["{good}"], ""),
-    (KEYS, ["", " \t", "YOUR_{key}"], "is missing, empty or still the placeholder"),
+    (KEYS, ["", " \t", "YOUR_{key}"], "is missing or not filled in"),
     (KEYS, UNSEEN, "has a blank at one end, or a character that can't be seen"),
     (REDIRECT_URI, LOOPBACK.split(), ""),
     (REDIRECT_URI, (TLS + " " + NOWHERE).split(), LIKE.format("http://localhost:8080/oauth")),
