@@ -87,7 +87,7 @@ def test_all_requests_share_one_connection(sandbox: Sandbox, start: Start) -> No
 def test_without_a_refresh_token_the_account_is_shown(server: OddServer, start: Start) -> None:
     server.answer_at("code for tokens", json_answer({**TOKENS, "refresh_token": None}))
     script = start(**server.environment)
-    assert " sent no refresh token.\n" in failed_login(script, server)
+    assert " sent no refresh token.\nThere is nothing to refresh: " in failed_login(script, server)
     assert '"company": "Odd Ltd"' in script.stdout
 
 
