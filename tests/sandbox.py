@@ -51,7 +51,7 @@ try:
     from flask import Flask, Response, jsonify, render_template_string, request
     from joserfc import jwt
     from joserfc.jwk import RSAKey
-    from waitress import create_server, wasyncore  # type: ignore[import-untyped]
+    from waitress import create_server, wasyncore  # type: ignore[import-untyped] # it has none
 except ImportError as error:
     advice = 'Use the command under "Try it now" in README.md.'
     sys.exit(f"Error: {error}. {advice}")
