@@ -4,47 +4,52 @@
 # ///
 """Log in to sipgate with OAuth 2.0, show the account, and refresh the tokens.
 
-The login is an authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 7636); the browser
-comes back to this program on the loopback interface (RFC 8252, section 7.3). log_in takes six
-steps; each has a section; then comes what they need of HTTP, of sockets, and of the terminal.
+The login is an authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 7636). The browser
+returns to this program through the loopback interface (RFC 8252, section 7.3). The function log_in
+takes six steps. Each step has a section of its own; the machinery follows after the last step.
 
-1. Configuration    load_config     who this client is, and where sipgate's servers are
-2. Authorize URL    authorize_url   where the browser goes, for the person to log in
-3. Callback         check_callback  what the browser brings back: a code
-4. Code for tokens  exchange_code   the code becomes an access token and a refresh token
-5. Account          get_account     the access token opens the API
-6. Refresh          refresh_tokens  the refresh token becomes a new pair of tokens
+1. Configuration    load_config     which client this is, and where sipgate's servers are
+2. Authorize URL    authorize_url   where the user logs in, in the browser
+3. Callback         check_callback  the browser returns with an authorization code
+4. Code for tokens  exchange_code   the code is exchanged for an access and a refresh token
+5. Account          get_account     the access token gives access to the API
+6. Refresh          refresh_tokens  the refresh token is exchanged for a new pair of tokens
 """
 
-import signal
 import sys
 
 if sys.version_info < (3, 10):
-    sys.exit("Error: this Python is too old.\nStart the program with Python 3.10 or newer.")
-if __name__ == "__main__":
-    # Ctrl+C ends the program at once, also while it loads, and runs no `finally` any more.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit("Error: This Python is too old.\nStart the program with Python 3.10 or newer.")
 
 import argparse
 import base64
 import contextlib
+import difflib
 import errno
 import hashlib
+import html
+import http.client
 import io
 import json
 import os
 import queue
+import re
 import secrets
+import signal
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 try:
+    import ssl  # noqa: F401 - some Pythons are built without it, and https needs it
+
     import requests
     from dotenv import dotenv_values
 except ImportError as missing:
@@ -52,309 +57,453 @@ except ImportError as missing:
 
 
 def log_in(options: argparse.Namespace) -> None:
-    """Take the six steps. Raises LoginError, or OSError if stdout fails."""
-    config = load_config(Path(os.path.expanduser(options.config)))
-    from_environment = ", ".join(key for key in KEYS if key in os.environ)
+    """Take the six steps, and print what happens. Raises LoginError."""
+    config, overridden = load_config(Path(os.path.expanduser(options.config)))
     say(f"1. Configuration: client {config['CLIENT_ID']}, scope {config['OAUTH_SCOPE']}")
-    say(f"   From the environment, which wins over the file: {from_environment or 'nothing'}")
+    if overridden:
+        say(f"   Overridden by environment variables: {', '.join(overridden)}")
 
-    # 256 random bits in each (RFC 6749, section 10.10; RFC 7636, section 7.1).
-    state, code_verifier = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+    # Both are new for each login and cannot be guessed: 256 random bits (RFC 6749, section 10.10;
+    # RFC 7636, section 7.1). The state comes back in step 3, the code verifier is sent in step 4.
+    state = secrets.token_urlsafe(32)
+    code_verifier = secrets.token_urlsafe(32)
     url = authorize_url(config, state, code_challenge_for(code_verifier))
-    # In here, check_callback checks each request that comes in, and each address that is pasted.
-    with callback_server(config["REDIRECT_URI"], state) as callbacks:
+
+    def check(query: str) -> dict[str, str]:
+        return check_callback(query, state)
+
+    # From here on, the browser can return. Each request that arrives has to pass the check.
+    with listen_for_callback(config["REDIRECT_URI"], check) as events:
         say("2. Authorize URL: open it in your browser and log in")
         show_request("GET", url)
         say("", url, "")
         if not options.no_browser:
-            threading.Thread(target=open_browser, args=[url]).start()
+            open_browser(url)
 
-        say(f"3. Callback: the browser comes back, within {options.timeout:g} seconds")
-        say("   If the browser then shows anything other than how the login went, copy the address")
-        say("   that it shows, paste it here, and press Enter.")
-        code = wait_for_callback(config["REDIRECT_URI"], callbacks, options.timeout)
+        say(f"3. Callback: waiting up to {options.timeout:g} seconds for the browser to return")
+        say("   If the browser does not show the result of the login, copy the address that it")
+        say("   shows, paste it here, and press Enter.")
+        callback = wait_for_callback(events, options.timeout)
+    show_request("GET", config["REDIRECT_URI"], callback)
+    code = code_from_callback(callback)
 
-    with Session(options.show_tokens) as session:
-        say("4. Code for tokens: the code and the code verifier become tokens")
+    # The steps take any requests.Session. This one also shows what is sent and received.
+    with PrintingSession(options.show_tokens) as session:
+        say("4. Code for tokens: the code is exchanged for an access token and a refresh token")
         tokens = exchange_code(session, config, code, code_verifier)
 
-        say("5. Account: what the access token opens")
-        get_account(session, config["TEST_API_ENDPOINT"], tokens["access_token"])
+        say("5. Account: the access token gives access to the API")
+        get_account(session, config, tokens["access_token"])
 
-        # To show it: do so before expires_in (seconds) is over, and store each new pair at once.
-        say("6. Refresh: the refresh token becomes a new pair; at sipgate, this ends the old one")
+        # Done here only to show it. In your own program, refresh before expires_in seconds have
+        # passed, and store the new tokens before you do anything else.
+        say("6. Refresh: the refresh token is exchanged for a new pair of tokens")
         tokens = refresh_tokens(session, config, tokens)
-        get_account(session, config["TEST_API_ENDPOINT"], tokens["access_token"])
+        get_account(session, config, tokens["access_token"])
+    say("Done. The login and the refresh worked: each access token gave access to the account.")
 
 
 # --- 1. Configuration -----------------------------------------------------------------------------
 
 Config = dict[str, str]
-Form = dict[str, str] | None  # what a request sends
-Json = dict[str, Any]
 CLIENT_KEYS = ("CLIENT_ID", "CLIENT_SECRET", "OAUTH_SCOPE")
 KEYS = (*CLIENT_KEYS, "REDIRECT_URI", "AUTH_URL", "TOKEN_URL", "TEST_API_ENDPOINT")
 
 
-def load_config(path: Path) -> Config:
-    """Read the configuration: the values of a file, and over them those of the environment.
+def load_config(path: Path) -> tuple[Config, list[str]]:
+    """Read the configuration from a file and from environment variables, which override the file.
 
-    path: a file of KEY=value lines; it may be missing. Raises ConfigurationError that names every
-    key whose value is missing or can't work.
+    path: a file of KEY=value lines like config.example.env; it may be missing
+    Returns the values by key, and a list of the keys whose value in the file was overridden.
+    Raises ConfigurationError, which names every key whose value is missing or cannot work.
     """
-    advice = f"Correct it in {path}, or in the environment, which wins. See config.example.env."
+    from_file: Mapping[str, str | None] = {}
     try:
         with path.open(encoding="utf-8-sig") as file:
-            # Without interpolation, because a secret may hold a $.
+            # Without interpolation, because a secret may contain a dollar sign.
             from_file = dotenv_values(stream=file, interpolate=False)
     except FileNotFoundError:
-        from_file = {}
-        advice = f"""There is no {path}: copy config.example.env to it, and fill it in.
-Without a sipgate account, try the sandbox: see "Try it now" in README.md."""
+        pass  # The environment may have all the values.
     except (OSError, UnicodeError) as error:
-        advice = f"{path} should be a UTF-8 text of KEY=value lines, like config.example.env."
-        raise ConfigurationError(f"Can't read the configuration: {error}", advice) from error
+        advice = f"{path} must be a UTF-8 text file of KEY=value lines, like config.example.env."
+        raise ConfigurationError(f"Cannot read the configuration: {error}", advice) from error
 
     config = {key: os.environ.get(key, from_file.get(key)) or "" for key in KEYS}
-    found = [(key, problem_with(key, config[key])) for key in KEYS]
-    problems = [f"{key} {problem}" for key, problem in found if problem]
-    if problems:
-        # What is missing may be misspelt. (What has only a = may be the end of a secret: hide it.)
-        unknown = [k for k, v in from_file.items() if k not in KEYS and (v or "").strip("=")]
-        problems += [f"{key} is no key of this program" for key in unknown]
-        raise ConfigurationError(f"The configuration can't work: {'; '.join(problems)}", advice)
-    return config
+    overridden = [key for key in KEYS if key in from_file and config[key] != from_file[key]]
+    check_config(config, from_file, path)
+    return config, overridden
 
 
 # --- 2. Authorize URL -----------------------------------------------------------------------------
 
 
+def authorize_url(config: Config, state: str, code_challenge: str) -> str:
+    """Return the URL that the user opens to log in (RFC 6749, section 4.1.1).
+
+    Whatever else a login server needs can follow a ? in AUTH_URL, for example prompt=consent.
+    """
+    parameters = {
+        # Request a code. A token here would stay in the browser's history (RFC 9700, 2.1.2).
+        "response_type": "code",
+        # Which program asks for access. Not the client secret: the user can see this URL.
+        "client_id": config["CLIENT_ID"],
+        # Where the browser returns to. The client has to have registered exactly this URI.
+        "redirect_uri": config["REDIRECT_URI"],
+        # What the program wants to be allowed to do. The user is asked to agree.
+        "scope": config["OAUTH_SCOPE"],
+        # Comes back in the callback, and shows that the callback belongs to this login.
+        "state": state,
+        # Ties the code to this login: only who knows the code verifier can exchange it in step 4.
+        "code_challenge": code_challenge,
+        # How the challenge was computed. The alternative, "plain", would reveal the verifier.
+        "code_challenge_method": "S256",
+    }
+    address, _, query = config["AUTH_URL"].partition("?")
+    others = [
+        pair for pair in parse_qsl(query, keep_blank_values=True) if pair[0] not in parameters
+    ]
+    return f"{address}?{urlencode([*others, *parameters.items()])}"
+
+
 def code_challenge_for(code_verifier: str) -> str:
-    """Return the S256 code challenge of a code verifier (RFC 7636, section 4.2)."""
+    """Return the S256 code challenge, a hash of the code verifier (RFC 7636, section 4.2)."""
     digest = hashlib.sha256(code_verifier.encode("ascii")).digest()
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode("ascii")
 
 
-def authorize_url(config: Config, state: str, code_challenge: str) -> str:
-    """Return the URL that the person opens to log in (RFC 6749, section 4.1.1)."""
-    parameters = {
-        "response_type": "code",
-        "client_id": config["CLIENT_ID"],
-        "redirect_uri": config["REDIRECT_URI"],
-        "scope": config["OAUTH_SCOPE"],
-        "state": state,
-        "code_challenge": code_challenge,
-        "code_challenge_method": "S256",
-    }
-    return config["AUTH_URL"] + ("&" if "?" in config["AUTH_URL"] else "?") + urlencode(parameters)
-
-
 # --- 3. Callback ----------------------------------------------------------------------------------
-
-Callbacks = queue.SimpleQueue[dict[str, str]]  # of what check_callback returned
 
 
 def check_callback(query: str, state: str) -> dict[str, str]:
-    """Return the parameters of a callback, with a code or an error (RFC 6749, section 4.1.2).
+    """Return the parameters of the callback: a code or an error (RFC 6749, section 4.1.2).
 
-    query: what stands after the ? of the address; state: that of the authorize URL
-    Raises CallbackRefused for all that is not the callback of this login.
+    query: the part of the callback's address after the ?
+    state: the state in the authorize URL
+    Raises CallbackRefused if this is not the callback of our login.
     """
-    # An empty parameter counts as left out, and none may be repeated (RFC 6749, section 3.1).
+    # An empty parameter counts as missing, and none may be repeated (RFC 6749, section 3.1).
     pairs = parse_qsl(query, keep_blank_values=True)
     parameters = {name: value for name, value in pairs if value}
     if len({name for name, _ in pairs}) < len(pairs):
-        raise CallbackRefused(400, "A parameter is there more than once.")
+        raise CallbackRefused(400, "The address contains a parameter more than once.")
     if not parameters.keys() & {"code", "error", "state"}:
-        raise CallbackRefused(400, "This is no answer to a login.")
-    # Any web page can send a code or an error here, but only our browser brings our state (RFC
-    # 6749, section 10.12). Compared in constant time, so that a guess learns nothing; as bytes,
-    # because compare_digest takes no non-ASCII text.
+        raise CallbackRefused(400, "This is not a login response.")
+
+    # Any web page can send the browser here with a code, for example to log you in to somebody
+    # else's account. But no web page knows our state (RFC 6749, section 10.12). The comparison
+    # takes the same time for every guess. It is given bytes, because it accepts only ASCII text.
     received = parameters.get("state", "")
     if not state or not secrets.compare_digest(received.encode(), state.encode()):
-        raise CallbackRefused(403, FOREIGN_STATE)
-    if ("code" in parameters) == ("error" in parameters):
-        raise CallbackRefused(400, "There should be a code or an error.")
+        raise StateMismatch(403, FOREIGN_STATE)
+
+    has_code = "code" in parameters
+    has_error = "error" in parameters
+    if has_code == has_error:  # both or neither
+        raise CallbackRefused(400, "The address must contain either a code or an error.")
     return parameters
 
 
-def wait_for_callback(redirect_uri: str, callbacks: Callbacks, timeout: float) -> str:
-    """Return the authorization code of the first callback that check_callback has accepted.
-    timeout: seconds. Raises LoginError if it brings an error, or if none comes in time."""
-    try:
-        callback = callbacks.get(timeout=timeout)
-    except queue.Empty:
-        advice = f"Start again; --timeout gives more time. {BROWSER_ERRORS}"
-        raise LoginError(f"No callback came in {timeout:g} seconds", advice) from None
-    show_request("GET", redirect_uri, callback)
+def code_from_callback(callback: dict[str, str]) -> str:
+    """Return the authorization code. Raises LoginError if the callback has an error instead."""
     if "error" in callback:
-        advice = ADVICE.get(callback["error"], "Start again. If it stays, ask sipgate's support.")
-        raise LoginError(f"The login was refused: {describe(callback)}", advice)
+        error = callback["error"]
+        advice = ADVICE.get(
+            error, "Start again. If this happens again, ask the login server's support."
+        )
+        raise LoginError(f"The login was refused: {describe(callback)}", advice, error)
     return callback["code"]
 
 
 # --- 4. Code for tokens ---------------------------------------------------------------------------
 
+Tokens = dict[str, Any]  # the response of the token endpoint (RFC 6749, section 5.1)
 
-def exchange_code(session: "Session", config: Config, code: str, code_verifier: str) -> Json:
-    """Exchange the authorization code for tokens (RFC 6749, section 4.1.3). Raises LoginError.
 
-    A thief of the code lacks the code verifier (RFC 7636, section 4.6). The client secret shows
-    which client is asking (RFC 6749, section 2.3.1). Never ship one: what others get can't keep a
-    secret (RFC 8252, section 8.5).
+def exchange_code(
+    session: requests.Session, config: Config, code: str, code_verifier: str
+) -> Tokens:
+    """Exchange the authorization code for tokens (RFC 6749, section 4.1.3).
+
+    session: not to be shared by several users, because it keeps the cookies of the login server
+    Raises LoginError.
     """
     form = {
         "grant_type": "authorization_code",
+        # The code can be used once, and expires within about a minute.
         "code": code,
+        # Shows that this program began the login. A stolen code is worthless without it.
         "code_verifier": code_verifier,
+        # Must be the one in the authorize URL. The browser does not go there again.
         "redirect_uri": config["REDIRECT_URI"],
         "client_id": config["CLIENT_ID"],
+        # Shows that this is the client, which the id alone would not: everybody can see the id.
+        # Never put a secret into a program that you give to others (RFC 8252, section 8.5).
         "client_secret": config["CLIENT_SECRET"],
     }
-    return check_tokens(config, call(session, "POST", config["TOKEN_URL"], form=form))
-
-
-def check_tokens(config: Config, answer: Json) -> Json:
-    """Return the answer of the token endpoint. Raises LoginError if it has no access token, or one
-    of a type that this program does not know how to use (RFC 6749, section 7.1)."""
-    token, token_type = answer.get("access_token"), str(answer.get("token_type"))
-    if not token or not isinstance(token, str) or token_type.lower() != "bearer":
-        what = f"{urlsplit(config['TOKEN_URL']).netloc} sent no bearer token"
-        raise LoginError(what, CHECK_KEY.format("TOKEN_URL"))
-    return answer
+    return request_tokens(session, config, form)
 
 
 # --- 5. Account -----------------------------------------------------------------------------------
 
 
-def get_account(session: "Session", url: str, access_token: str) -> Json:
-    """Show and return the account (RFC 6750, section 2.1). Raises LoginError."""
-    return call(session, "GET", url, headers={"Authorization": f"Bearer {access_token}"})
+def get_account(session: requests.Session, config: Config, access_token: str) -> Any:
+    """Return the account, or whatever JSON TEST_API_ENDPOINT sends. Raises LoginError.
+
+    If the `error` of the LoginError is "invalid_token", refresh the tokens, and try again once.
+    """
+    # A header, because addresses end up in logs (RFC 6750, sections 2.1 and 2.3).
+    headers = {"Authorization": f"Bearer {access_token}"}
+    statuses = {401: "invalid_token", 403: "insufficient_scope"}  # RFC 6750, section 3.1
+    return request_json(
+        session, "GET", config, "TEST_API_ENDPOINT", headers=headers, statuses=statuses
+    )
 
 
 # --- 6. Refresh -----------------------------------------------------------------------------------
 
 
-def refresh_tokens(session: "Session", config: Config, tokens: Json) -> Json:
-    """Exchange the refresh token for new tokens (RFC 6749, section 6). Raises LoginError.
+def refresh_tokens(session: requests.Session, config: Config, tokens: Tokens) -> Tokens:
+    """Exchange the refresh token for new tokens, without the user (RFC 6749, section 6).
 
-    sipgate ends the old pair with this: whoever uses a refresh token second is refused, which tells
-    that somebody else has it, too (RFC 9700, section 4.14.2).
+    tokens: the latest response of the token endpoint
+    Raises LoginError. If its `error` is "invalid_grant", the user has to log in again.
     """
-    if not tokens.get("refresh_token") or not isinstance(tokens["refresh_token"], str):
-        what = f"{urlsplit(config['TOKEN_URL']).netloc} sent no refresh token"
-        raise LoginError(what, "There is nothing to refresh: log in again when it is needed.")
+    old = tokens.get("refresh_token")
+    if not old or not isinstance(old, str):
+        raise LoginError(
+            f"{urlsplit(config['TOKEN_URL']).netloc} sent no refresh token", NO_REFRESH_TOKEN
+        )
     form = {
         "grant_type": "refresh_token",
-        "refresh_token": tokens["refresh_token"],
+        # sipgate invalidates the old tokens and rotates this one: it can be used only once. If a
+        # thief uses it as well, one of the two is refused (RFC 9700, section 4.14.2).
+        "refresh_token": old,
+        # A stolen refresh token is worthless without the secret.
         "client_id": config["CLIENT_ID"],
         "client_secret": config["CLIENT_SECRET"],
     }
-    new_tokens = check_tokens(config, call(session, "POST", config["TOKEN_URL"], form=form))
-    # Other servers may send no new refresh token: then the old one stays.
-    new_tokens["refresh_token"] = new_tokens.get("refresh_token") or tokens["refresh_token"]
+    new_tokens = request_tokens(session, config, form)
+    # A login server that does not rotate sends no new refresh token. The old one remains valid.
+    new_tokens["refresh_token"] = new_tokens.get("refresh_token") or old
     return new_tokens
 
 
-# --- What errors there are, and what to do about them ---------------------------------------------
+# --- Errors, and what to do about them ------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class LoginError(Exception):
-    """Why the login can't go on. args: what happened and where; what to do next."""
+    """The login cannot go on."""
+
+    what: str  # what happened, and where
+    advice: str  # what to do next
+    error: str = ""  # the code of RFC 6749, sections 4.1.2.1 and 5.2, or RFC 6750, section 3.1
 
 
 class ConfigurationError(LoginError):
-    """Why it can't begin."""
+    """The login cannot begin."""
 
 
+@dataclass(eq=False)
 class CallbackRefused(Exception):
-    """A request that is not the callback of this login. args: the HTTP status, and why."""
+    """A request is not the callback of our login."""
+
+    status: int  # the HTTP status to answer with
+    reason: str  # what is wrong with it
+
+
+class StateMismatch(CallbackRefused):
+    """The callback belongs to another login, or it is forged."""
 
 
 FOREIGN_STATE = "State in the callback does not match the state in the original request."
-# For the errors of RFC 6749 (sections 4.1.2.1 and 5.2) and RFC 6750 (section 3.1).
+REFUSED = "You or the login server refused access. To continue, start again and allow the access."
+CHECK_CLIENT = """Check CLIENT_ID and CLIENT_SECRET. If they are right, the login server may accept
+them only in a header: see "Another provider" in README.md."""
+# For the error codes of OAuth and OpenID Connect.
 ADVICE = {
-    "access_denied": "You or sipgate said no. To go on, start again and allow the access.",
-    "insufficient_scope": "Check OAUTH_SCOPE: it needs the scope for this call (account:read).",
-    "invalid_client": "Check CLIENT_ID and CLIENT_SECRET (step 1 tells where they come from).",
-    "invalid_grant": "The code or the refresh token was used before, or has expired. Start again.",
-    "invalid_scope": "Check OAUTH_SCOPE: scopes that sipgate knows, separated by spaces.",
-    "unauthorized_client": "Check CLIENT_ID and CLIENT_SECRET (step 1 tells where they come from).",
+    "access_denied": REFUSED,
+    "consent_required": REFUSED,
+    "interaction_required": REFUSED,
+    "login_required": REFUSED,
+    "insufficient_scope": """Check OAUTH_SCOPE: it must contain the scope that TEST_API_ENDPOINT
+requires. For the account at sipgate, this is account:read.""",
+    "invalid_client": CHECK_CLIENT,
+    "invalid_grant": "The code or the refresh token has expired or was already used. Start again.",
+    "invalid_scope": """Check OAUTH_SCOPE: it may contain only scopes that the login server knows,
+separated by spaces.""",
+    "invalid_token": """The access token has expired, was revoked, or is not meant for this API.
+Check TEST_API_ENDPOINT, and start again.""",
+    "unauthorized_client": CHECK_CLIENT,
 }
-CHECK_KEY = "Check {} in the configuration. If it is right, try again later."
-CHECK_NETWORK = """Check {} and the network. If they are set in the environment, check HTTPS_PROXY,
-ALL_PROXY (SOCKS needs PySocks) and REQUESTS_CA_BUNDLE (a company's certificate)."""
-OTHER_PORT = """Choose another port above 1023 in REDIRECT_URI (without a port, it means 80), and
-add that URI to your client at console.sipgate.com."""
-BROWSER_ERRORS = """If the login page shows an error:
+# For all other errors, by the key of the endpoint.
+CHECK = {
+    "TOKEN_URL": """Check TOKEN_URL: the realm in it must be the one of your client (third-party or
+sipgate-apps), and it must not be AUTH_URL. If it is right, try again later.""",
+    "TEST_API_ENDPOINT": "Check TEST_API_ENDPOINT. If it is right, try again later.",
+}
+NO_RESPONSE = """Try again. If this happens again, check {} and the network, and those of these
+environment variables that are set: HTTPS_PROXY, ALL_PROXY (SOCKS requires the package PySocks),
+REQUESTS_CA_BUNDLE (the certificates of a company's proxy), SSLKEYLOGFILE."""
+NO_REFRESH_TOKEN = """There is nothing to refresh: log in again when the access token has expired.
+Some login servers send a refresh token if you add offline_access to OAUTH_SCOPE, and others if
+you also add ?prompt=consent to the end of AUTH_URL."""
+OTHER_PORT = """Stop the program that uses this port. Or choose another port above 1023 in
+REDIRECT_URI (without a port, it is 80), and add the new URI to your client."""
+BROWSER_ERRORS = """If the browser shows an error, check CLIENT_ID, REDIRECT_URI and OAUTH_SCOPE:
+- "Client not found": check CLIENT_ID, and the realm in AUTH_URL and TOKEN_URL. The console shows
+  whether your client is in third-party or in sipgate-apps.
 - "Invalid parameter: redirect_uri": add REDIRECT_URI to your client at console.sipgate.com.
-- "Client not found": check CLIENT_ID, and in AUTH_URL and TOKEN_URL the realm, third-party or
-  sipgate-apps: the console shows in which of them the client is."""
+- "405" or "Method Not Allowed": AUTH_URL and TOKEN_URL may be mixed up."""
+
+
+# --- Checks of the configuration ------------------------------------------------------------------
+
+# Where this computer talks to itself. A browser may use either address for localhost.
+LOOPBACK = {"localhost": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"], "::1": ["::1"]}
+
+
+def check_config(config: Config, from_file: Mapping[str, str | None], path: Path) -> None:
+    """Raise ConfigurationError if a value is missing or cannot work."""
+    missing = [key for key in KEYS if config[key].strip() in ("", f"YOUR_{key}")]
+    if missing and not path.exists():
+        problems = [f"There is no {path}, and the environment lacks {', '.join(missing)}"]
+        advice = f"""Copy config.example.env to {path}, and fill it in.
+If you have no sipgate account, try the sandbox: see "Try it now" in README.md."""
+        # Windows hides the ending .txt. Others fill in the example itself.
+        for other in (path.with_name(f"{path.name}.txt"), path.with_name("config.example.env")):
+            if other.is_file() and "YOUR_CLIENT" not in other.read_text(errors="replace"):
+                advice = f"Rename {other} to {path.name}."
+    else:
+        problems = [f"{key} is missing or not filled in" for key in missing]
+        advice = f"Correct this in {path}, or in the environment, which overrides the file."
+    for key in KEYS:
+        problem = "" if key in missing else problem_with(key, config[key])
+        if problem:
+            problems.append(f"{key} {problem}")
+    for name in from_file:
+        # A name is printed only if it is almost right: others may be part of a secret.
+        similar = difflib.get_close_matches(name.upper(), missing, cutoff=0.9)
+        if similar and re.fullmatch("[A-Za-z_-]+", name):
+            problems.append(f"{name} is not a known key (did you mean {similar[0]}?)")
+    if problems:
+        raise ConfigurationError("; ".join(problems), advice)
 
 
 def problem_with(key: str, value: str) -> str:
-    """Return what keeps the value of a key from working, or an empty string."""
-    if not value.strip() or value == f"YOUR_{key}":
-        return "is missing or not filled in"
+    """Return why the value of a key cannot work, or an empty string if it can."""
     if value != value.strip() or not value.isprintable():
-        return "has a blank at one end, or a character that can't be seen"
+        return "begins or ends with a space, or contains an invisible character"
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        return "contains the quotation marks around it: remove them"
     if key in CLIENT_KEYS:
         return ""
-    with contextlib.suppress(ValueError):  # from a port above 65535
+    try:
         uri = urlsplit(value)
-        plain = value.isascii() and not set(value) & set(' #\\"<>^`{|}') and "@" not in uri.netloc
-        loopback = uri.scheme == "http" and uri.hostname in LOOPBACK
-        # The client secret and the tokens go to these: in clear text only within this machine.
-        endpoint = uri.scheme == "https" and uri.hostname and key != "REDIRECT_URI"
-        if plain and uri.port != 0 and (loopback or endpoint):
-            return ""
-    example = "http://localhost:8080/oauth" if key == "REDIRECT_URI" else "https://host/path"
-    return f"should look like {example} (http only on localhost; a port from 1 to 65535)"
+        is_url = uri.scheme in ("http", "https") and uri.hostname and uri.port != 0
+    except ValueError:  # for example, for a port above 65535
+        is_url = False
+    if not is_url or not value.isascii() or set(value) & set(' #\\"<>^`{|}') or "@" in uri.netloc:
+        example = "http://localhost:8080/oauth" if key == "REDIRECT_URI" else "https://host/path"
+        return f"is not a URL like {example}"
+    if uri.scheme == "http" and uri.hostname not in LOOPBACK:
+        return "must begin with https, because http would send secrets unencrypted"
+    return ""
 
 
 # --- HTTP requests --------------------------------------------------------------------------------
 
 
-class Session(requests.Session):
-    """What all requests share: one connection to each host, and whether tokens are shown whole."""
+def request_tokens(session: requests.Session, config: Config, form: dict[str, str]) -> Tokens:
+    """Send a form to the token endpoint, and return its response.
 
-    def __init__(self, show_tokens: bool) -> None:
-        super().__init__()
-        self.show_tokens = show_tokens
-        self.headers["Accept"] = "application/json"  # some servers answer with a form otherwise
-        # With no auth at all, requests would put a password from ~/.netrc in the token's place.
-        self.auth = lambda request: request
+    The `scope` in it may be less than what was requested (RFC 6749, section 5.1).
+    Raises LoginError, also if the token is not a bearer token (RFC 6749, section 7.1).
+    """
+    # RFC 6749, section 2.3.1, prefers the id and the secret in a header (HTTP Basic). sipgate
+    # documents them as a part of the form.
+    response = request_json(session, "POST", config, "TOKEN_URL", form=form)
+    tokens: Tokens = response if isinstance(response, dict) else {}
+    host = urlsplit(config["TOKEN_URL"]).netloc
+    for name in ("access_token", "token_type"):
+        if not tokens.get(name) or not isinstance(tokens[name], str):
+            raise LoginError(f"{host} sent no {name}", CHECK["TOKEN_URL"])
+    if tokens["token_type"].lower() != "bearer":
+        raise LoginError(f"{host} sent no bearer token", CHECK["TOKEN_URL"])
+    return tokens
 
 
-def call(session: Session, method: str, url: str, form: Form = None, headers: Form = None) -> Json:
-    """Send a request, show it and its answer, and return the JSON object. Raises LoginError."""
-    show_request(method, url, form or headers)
-    host, key = urlsplit(url).netloc, "TOKEN_URL" if form else "TEST_API_ENDPOINT"
+def request_json(
+    session: requests.Session,
+    method: str,
+    config: Config,
+    key: str,
+    form: Mapping[str, str] = {},
+    headers: Mapping[str, str] = {},
+    statuses: Mapping[int, str] = {},
+) -> Any:
+    """Send a request, and return the JSON object or list in the response. Raises LoginError.
+
+    key: the key of the endpoint in the configuration
+    statuses: the HTTP statuses that mean an OAuth error at this endpoint
+    """
+    host = urlsplit(config[key]).netloc
     try:
         response = session.request(
             method,
-            url,
+            config[key],
             data=form,
-            headers=headers,
-            timeout=10,  # seconds to connect, and seconds of silence during an answer
-            allow_redirects=False,  # the secret and the token are for this URL alone
-            proxies={"http": ""},  # http stays within this machine: see problem_with
+            # Without Accept, some servers send a form instead of JSON.
+            headers={"Accept": "application/json", **headers},
+            # Without auth, requests would replace our header with a password from ~/.netrc.
+            auth=lambda request: request,
+            timeout=10,  # seconds to connect, and seconds of silence during the response
+            allow_redirects=False,  # the secrets are meant for this URL only
+            proxies={"http": ""},  # plain http stays on this computer: see problem_with
         )
-    except Exception as failure:  # an odd proxy or answer raises more than RequestException
-        what = f"No answer that can be used from {host}: {reason_of(failure)}"
-        raise LoginError(what, CHECK_NETWORK.format(key)) from failure
+    except Exception as failure:  # a bad proxy or response raises more than RequestException
+        what = f"{host} sent no usable response: {reason_of(failure)}"
+        raise LoginError(what, NO_RESPONSE.format(key)) from failure
 
-    answer, status = show_answer(response, session.show_tokens), response.status_code
-    if status // 100 == 2 and answer and not answer.get("error"):
-        return answer
-    error = "insufficient_scope" if headers and status in (401, 403) else answer.get("error")
-    what = f"{host} answered {status} {response.reason}: {describe(answer)}"
-    raise LoginError(what, ADVICE.get(str(error), CHECK_KEY.format(key)))
+    try:
+        content = json.loads(response.content)
+    except (ValueError, RecursionError):
+        content = None
+    details = content if isinstance(content, dict) else {}
+    is_success = response.status_code // 100 == 2 and isinstance(content, (dict, list))
+    if is_success and not details.get("error"):
+        return content
+
+    # Some servers explain an error only in a header (RFC 6750, section 3).
+    header = response.headers.get("WWW-Authenticate", "")
+    challenge = dict(re.findall(r'(\w+)="([^"]*)"', header))
+    reason = describe(details) or describe(challenge)
+    code = challenge.get("error") or statuses.get(response.status_code) or details.get("error")
+    if response.is_redirect:
+        reason = "redirects are not followed, so that no secret goes to another address"
+        code = None
+    elif content is None and response.content and not challenge:
+        reason = "this is not JSON; perhaps a firewall or a proxy answered"
+        code = None
+    what = f"{host} responded {status_line(response)}: {reason}".rstrip(": ")
+    raise LoginError(what, ADVICE.get(str(code), CHECK[key]), str(code or ""))
+
+
+def status_line(response: requests.Response) -> str:
+    """Return the status and its phrase. Servers may send a phrase of their own, or none."""
+    phrase = response.reason or http.client.responses.get(response.status_code, "")
+    return f"{response.status_code} {phrase[:100]}".rstrip()
+
+
+def describe(parameters: Mapping[str, Any]) -> str:
+    """Return the error and its description, or an empty string if there is neither."""
+    texts = [parameters.get(name) for name in ("error", "error_description", "message")]
+    return ": ".join(text for text in texts if text and isinstance(text, str))[:500].rstrip(".")
 
 
 def reason_of(failure: BaseException) -> str:
-    """Return what the system or TLS says, or else a name: other texts may quote a secret, such as
-    the password of a proxy."""
+    """Return why a request failed. Only the system and TLS are quoted: other messages may contain
+    a secret, such as the password of a proxy."""
     while failure.__context__:
         failure = failure.__context__
     if isinstance(failure, OSError) and not isinstance(failure, requests.RequestException):
@@ -364,217 +513,353 @@ def reason_of(failure: BaseException) -> str:
 
 # --- Callback server ------------------------------------------------------------------------------
 
-# Where to listen for each host of a redirect URI: a browser may look for localhost at either.
-LOOPBACK = {"localhost": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"], "::1": ["::1"]}
+Callback = dict[str, str]  # what check_callback returns
+Check = Callable[[str], Callback]
+# What happens during the wait: a callback of this login, one of another, or a text for the user.
+Events = queue.SimpleQueue[Callback | StateMismatch | str]
+PAGE = "<!DOCTYPE html><title>Login</title><h1>%(message)s</h1><p>%(explain)s</p>"
+STILL_WAITING = "The terminal is still waiting for the login."
+HINT_AFTER = 30  # seconds without a callback
+
+
+@contextlib.contextmanager
+def listen_for_callback(redirect_uri: str, check: Check) -> Iterator[Events]:
+    """Listen at the redirect URI, and for pasted addresses, until the end of the `with` block.
+
+    check: returns the callback, given the part of its address after the ?; see check_callback
+    Yields the queue of events. Raises ConfigurationError if this program cannot answer at the
+    redirect URI, and LoginError if the port is not available.
+    """
+    uri = urlsplit(redirect_uri)
+    if uri.scheme != "http" or uri.hostname not in LOOPBACK:
+        what = f"This program cannot listen at REDIRECT_URI ({redirect_uri})"
+        advice = "Use http, not https, and this computer, as in http://localhost:8080/oauth."
+        raise ConfigurationError(what, advice)
+    events: Events = queue.SimpleQueue()
+    with contextlib.ExitStack() as at_the_end:
+        # All addresses of the host, and no others (RFC 8252, section 8.3).
+        for address in LOOPBACK[uri.hostname]:
+            try:
+                server = CallbackServer(address, uri, check, events)
+            except OSError as error:
+                has_no_ipv6 = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+                if has_no_ipv6 and uri.hostname == "localhost" and address == "::1":
+                    continue  # the browser does not have it either
+                what = f"Cannot listen on port {uri.port or 80} of {address}: {error.strerror}"
+                raise LoginError(what, OTHER_PORT) from error
+            at_the_end.enter_context(server)  # closes the port
+            start_thread(server.serve_forever, 0.01)  # seconds until it notices shutdown
+            at_the_end.callback(server.shutdown)
+        start_thread(read_pasted, check, events)
+        yield events
+
+
+def start_thread(target: Callable[..., None], *arguments: Any) -> None:
+    """Run a function in a thread that the program does not wait for at its end."""
+    try:
+        threading.Thread(target=target, args=arguments, daemon=True).start()
+    except RuntimeError as error:
+        advice = "Close other programs. In a container, allow more threads, or update Docker."
+        raise LoginError("This system allows no more threads", advice) from error
+
+
+def wait_for_callback(events: Events, timeout: float) -> Callback:
+    """Return the first callback, and print the notices that arrive before it.
+
+    timeout: seconds. Raises LoginError if there is no callback by then.
+    """
+    deadline = time.monotonic() + timeout
+    hint_due = time.monotonic() + HINT_AFTER
+    warned = False
+    while True:
+        now = time.monotonic()
+        if now >= deadline:
+            advice = f"Start again. For more time, use --timeout. {BROWSER_ERRORS}"
+            raise LoginError(f"No callback arrived within {timeout:g} seconds", advice)
+        if now >= hint_due:
+            warn(*BROWSER_ERRORS.split("\n"))
+            hint_due = deadline
+        with contextlib.suppress(queue.Empty):
+            event = events.get(timeout=min(hint_due, deadline) - now)
+            if isinstance(event, dict):
+                return event
+            if isinstance(event, str):
+                warn(event)
+            elif not warned:  # once, because a web page could cause this again and again
+                warn(event.reason, "If you used an old browser tab, open the URL above instead.")
+                warned = True
+
+
+class CallbackServer(socketserver.ThreadingTCPServer):
+    """Listens on one loopback address. Each connection has a thread, because browsers open some
+    that they do not use. (An HTTPServer would look up the name of this computer, which is slow.)"""
+
+    daemon_threads = True  # so that no connection can keep the program from ending
+    request_queue_size = 128  # connections
+    allow_reuse_address = sys.platform != "win32"  # on Windows, others could then take the port
+
+    def __init__(self, address: str, uri: SplitResult, check: Check, events: Events) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.path = "/" + uri.path.lstrip("/")  # http.server changes the path in the same way
+        self.check = check
+        self.events = events
+        super().__init__((address, uri.port or 80), CallbackHandler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore a connection that breaks. The wait goes on."""
 
 
 class CallbackHandler(BaseHTTPRequestHandler):
-    """Answers one request to the callback server."""
+    """Answers one request to the callback server, and passes on the callback."""
 
-    server: "CallbackServer"
-    timeout = 5  # seconds that a connection may be silent
-    error_message_format = "<!DOCTYPE html><title>Login</title><h1>%(message)s</h1>%(explain)s"
+    server: CallbackServer
+    timeout = 5  # seconds of silence after which a connection is closed
+    error_message_format = PAGE
 
     def do_GET(self) -> None:
         try:
-            uri = urlsplit(self.path)  # with scheme and host, if a proxy sends it
-            # Without its version, the line is cut off, and perhaps the code with it.
-            if (uri.path or "/") != self.server.path or self.request_version == "HTTP/0.9":
-                raise CallbackRefused(404, "This is not the redirect URI.")
-            callback = check_callback(uri.query, self.server.state)
-        except ValueError:  # from urlsplit
+            target = urlsplit(self.path)
+        except ValueError:
             self.send_error(400)
+            return
+        # A request without a version (HTTP/0.9) may have been cut off, and the code in it, too.
+        if (target.path or "/") != self.server.path or self.request_version == "HTTP/0.9":
+            self.send_error(404, "This is not the redirect URI.", STILL_WAITING)
+            return
+        try:
+            callback = self.server.check(target.query)
         except CallbackRefused as refused:
-            status, why = refused.args
-            self.send_error(status, why, "The terminal still waits for the login.")
-            if why == FOREIGN_STATE and not self.server.warned:
-                self.server.warned = True
-                say(FOREIGN_STATE, "If it is an old tab, use the URL above.", file=sys.stderr)
-        else:
-            title = f"The login {'did not come' if 'error' in callback else 'came'} through"
-            text = describe(callback) if "error" in callback else "The terminal goes on from here."
-            try:
-                self.send_error(200, title, text)  # http.server's function for a short page
-            finally:  # not before: the program may end with it, and the page would be lost
-                self.server.callbacks.put(callback)
+            self.send_error(refused.status, refused.reason, STILL_WAITING)
+            if isinstance(refused, StateMismatch):
+                self.server.events.put(refused)
+            return
+        try:
+            self.send_result(callback)
+        finally:  # not earlier: the program could end before the page is sent
+            self.server.events.put(callback)
+
+    def send_result(self, callback: Callback) -> None:
+        """Send the page that ends the login in the browser."""
+        title, text = "Login complete", "Go back to the terminal."
+        if "error" in callback:
+            title, text = "Login failed", f"{describe(callback)}. Go back to the terminal."
+        page = PAGE % {"message": title, "explain": html.escape(text)}
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(page.encode())
 
     def end_headers(self) -> None:
-        """Let no page load anything, be stored, or tell its address, which has the code in it."""
+        """Add headers to each page: it loads nothing, is not stored, and does not reveal its
+        address, which contains the code."""
         self.send_header("Content-Security-Policy", "default-src 'none'")
         self.send_header("Cache-Control", "no-store")
         self.send_header("Referrer-Policy", "no-referrer")
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing, because the request line holds the code."""
+        """Log nothing, because the request line contains the code."""
 
 
-class CallbackServer(socketserver.ThreadingTCPServer):
-    """Listens on one loopback address, with a thread for each connection: a browser leaves some
-    idle. (An HTTPServer first looks up the name of this machine, which can take seconds.)"""
-
-    daemon_threads = True  # no end waits for them: a program could keep its connection for ever
-    request_queue_size = 128  # connections
-    allow_reuse_address = sys.platform != "win32"  # there it would let others take the port, too
-
-    def __init__(self, address: str, uri: SplitResult, state: str, callbacks: Callbacks) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self.path, self.state, self.callbacks = "/" + uri.path.lstrip("/"), state, callbacks
-        self.warned = False  # of a foreign state
-        super().__init__((address, uri.port or 80), CallbackHandler)
-
-    def serve(self) -> None:
-        with self:  # which closes the port at the end
-            self.serve_forever(0.05)  # seconds until it notices that it should stop
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keep quiet about a connection that breaks: anybody can do that, and the wait goes on."""
+# --- Pasted addresses, and the browser ------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def callback_server(redirect_uri: str, state: str) -> Iterator[Callbacks]:
-    """Serve the redirect URI on each address of its host, until the callback has come (RFC 8252,
-    section 8.3); yield where it arrives. Raises LoginError if an address can't be had: a browser
-    might look for the callback there."""
-    uri, callbacks, done = urlsplit(redirect_uri), Callbacks(), threading.Event()
-    servers: list[CallbackServer] = []
-    hint = threading.Timer(30, say, BROWSER_ERRORS.split("\n"), {"file": sys.stderr})  # seconds
+def read_pasted(check: Check, events: Events) -> None:
+    """Read pasted addresses from stdin until one of them is the callback."""
+    for number, line in enumerate(lines_of_stdin(), start=1):
+        # The query of a URL contains only these characters. Whatever else surrounds it was copied
+        # along, or was added by a terminal.
+        queries = re.findall(rb"\?([!$-&(-;=?-~]*)", line)
+        try:
+            events.put(check(max(queries, key=len, default=b"").decode("ascii")))
+            return
+        except CallbackRefused as refused:
+            events.put(f"{refused.reason} Paste the whole address that the browser shows.")
+        if number == 20:
+            events.put("None of 20 lines was the address. No more lines are read.")
+            return
+
+
+def lines_of_stdin() -> Iterator[bytes]:
+    """Yield the lines of stdin, of which there are none if it is closed or not a file."""
     try:
-        for address in LOOPBACK[uri.hostname or ""]:
-            try:
-                server = CallbackServer(address, uri, state, callbacks)
-            except OSError as error:
-                if servers and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    break  # a machine without IPv6
-                what = f"Can't listen on port {uri.port or 80} of {address}: {error.strerror}"
-                stop = "" if isinstance(error, PermissionError) else " Or stop what uses this port."
-                raise LoginError(what, OTHER_PORT + stop) from error
-            threading.Thread(target=server.serve).start()
-            servers.append(server)
-        threading.Thread(target=read_pasted, args=[state, callbacks, done], daemon=True).start()
-        hint.start()
-        yield callbacks
-    finally:
-        done.set()
-        hint.cancel()
-        for server in servers:  # the login does not wait for this
-            threading.Thread(target=server.shutdown).start()
-
-
-# --- Terminal, browser and program ----------------------------------------------------------------
-
-
-def read_pasted(state: str, callbacks: Callbacks, done: threading.Event) -> None:
-    """Read pasted addresses from stdin, until one is the callback of this login, or it is done."""
-    while not done.is_set():
-        # It fails without a stdin, and in the background of a terminal, until it is back.
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            for line in io.FileIO(sys.stdin.fileno(), closefd=False):  # takes no more than a line
-                # People copy quotes, too, and browsers leave out the scheme, or add a #.
-                address, _, _ = line.decode(errors="replace").strip(" \t\r\n\"'<>").partition("#")
-                try:
-                    callbacks.put(check_callback(address.partition("?")[2], state))
-                    return
-                except CallbackRefused as refused:
-                    say(refused.args[1], "Paste what the browser shows last.", file=sys.stderr)
-        done.wait(1)  # second
+        stdin = sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):
+        return
+    unfinished = b""
+    while True:
+        try:
+            # All at once, because a Windows console may cut a line that is read in single bytes.
+            typed = os.read(stdin, 65536)
+        except OSError:  # while the program is in the background of a terminal
+            time.sleep(1)
+            continue
+        *lines, unfinished = (unfinished + typed).split(b"\n")
+        yield from lines
+        if unfinished and (not typed or len(unfinished) > 65536):  # the end, or an endless line
+            yield unfinished
+            unfinished = b""
+        if not typed:
+            return
 
 
 def open_browser(url: str) -> None:
-    """Open the URL in the person's browser, in a process without a terminal: no text browser takes
-    over the screen, no log of a browser mixes with the output. It may take seconds, or fail."""
-    import subprocess  # not before the authorize URL is on the screen: it takes its time
+    """Open the URL in the user's browser, and do not wait for it. There may be none."""
+    import subprocess  # here, because loading it would delay the authorize URL
 
-    null = subprocess.DEVNULL
-    command = [sys.executable, "-I", "-m", "webbrowser", url]  # -I: not ./webbrowser.py
-    # The client secret is not for browsers, and without a TERM it offers none for the terminal.
-    environment = {k: v for k, v in os.environ.items() if k not in KEYS} | {"TERM": ""}
+    environment = {name: value for name, value in os.environ.items() if name not in KEYS}
+    environment["TERM"] = ""  # so that no text browser takes over the terminal
     with contextlib.suppress(OSError):
-        # In a session of its own, it has no /dev/tty, and no Ctrl+C from here (not on Windows).
-        subprocess.run(
-            command, stdin=null, stdout=null, stderr=null, env=environment, start_new_session=True
+        browser = subprocess.Popen(
+            [sys.executable, "-I", "-m", "webbrowser", url],  # -I ignores a ./webbrowser.py
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,  # without the client secret
+            start_new_session=True,  # so that Ctrl+C does not end the browser
         )
+        browser.returncode = 0  # or Python would warn that it is still running
 
 
-def show_request(method: str, url: str, parameters: Form = None) -> None:
-    """Print a request: the method, the address, and its parameters or headers, one a line."""
+# --- Output ---------------------------------------------------------------------------------------
+
+
+class PrintingSession(requests.Session):
+    """Prints each request as it is sent, and each response as it arrives."""
+
+    def __init__(self, show_tokens: bool) -> None:
+        super().__init__()
+        self.show_tokens = show_tokens
+
+    def send(self, request: requests.PreparedRequest, **settings: Any) -> requests.Response:
+        parameters = dict(parse_qsl(str(request.body or "")))
+        if "Authorization" in request.headers:
+            parameters["Authorization"] = request.headers["Authorization"]
+        show_request(str(request.method), str(request.url), parameters)
+        response = super().send(request, **settings)
+        show_response(response, self.show_tokens)
+        return response
+
+
+def show_request(method: str, url: str, parameters: Mapping[str, str] | None = None) -> None:
+    """Print a request: its method, its address, and its parameters or headers, one per line."""
     address, _, query = url.partition("?")
     say(f"   {method} {address}")
     for name, value in [*parse_qsl(query), *(parameters or {}).items()]:
         say(f"      {name}: {masked(value, name)}")
 
 
-def show_answer(response: requests.Response, show_tokens: bool) -> Json:
-    """Print an answer, and return its JSON object, which is empty if it has none."""
-    say(f"   {response.status_code} {response.reason}")
+def show_response(response: requests.Response, show_tokens: bool) -> None:
+    """Print a response: its status, the headers that explain an error, and its JSON."""
+    say(f"   {status_line(response)}")
+    for name in ("Location", "WWW-Authenticate"):
+        if name in response.headers:
+            # Without the query of a Location, because it may contain a secret.
+            say(f"      {name}: {re.split('[?#]', response.headers[name])[0][:500]}")
     try:
-        answer = json.loads(response.content)
-        text = json.dumps(masked(answer, "", show_tokens), indent=2, ensure_ascii=False)
+        content = masked(json.loads(response.content), "", show_tokens)
+        say(*json.dumps(content, indent=2, ensure_ascii=False).split("\n"))
     except (ValueError, RecursionError):
-        answer, text = None, f"   ({len(response.content)} bytes that are no JSON)"
-    say(*text.split("\n"))
-    return answer if isinstance(answer, dict) else {}
+        say(f"   ({len(response.content)} bytes that are not JSON)")
 
 
 def masked(value: Any, name: str, show_tokens: bool = False) -> Any:
-    """Return a value, or JSON, without what its name says is secret; show_tokens keeps tokens."""
+    """Return a value, or JSON, without what is secret according to its name.
+
+    show_tokens: whether tokens are returned unchanged
+    """
     name = name.lower()
-    token = name.endswith("token") and not show_tokens
-    secret = token or name.endswith(("secret", "verifier", "authorization")) or name == "code"
+    is_token = name.endswith("token") and not show_tokens
+    is_secret = is_token or name.endswith(("secret", "verifier", "authorization")) or name == "code"
     if isinstance(value, dict):
-        return {k: masked(v, name if secret else k, show_tokens) for k, v in value.items()}
+        return {k: masked(v, name if is_secret else k, show_tokens) for k, v in value.items()}
     if isinstance(value, list):
         return [masked(item, name, show_tokens) for item in value]
-    if not secret or not isinstance(value, str):
+    if not is_secret or not isinstance(value, str):
         return value
     if name.endswith("secret"):
         return "..."
     return f"{value[: min(10, len(value) // 4)]}... ({len(value)} characters)"
 
 
-def describe(answer: dict[str, Any]) -> str:
-    """Return the error in an answer or a callback (RFC 6749, sections 4.1.2.1 and 5.2)."""
-    texts = [answer.get("error"), answer.get("error_description")]
-    return ": ".join(t for t in texts if t and isinstance(t, str))[:500].rstrip(".") or "see above"
+def say(*lines: str) -> None:
+    """Print lines to stdout. Raises SystemExit if that fails, for example after `| head`."""
+    try:
+        for line in lines:
+            print(printable(line), flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EINVAL):  # EINVAL: a broken pipe on Windows
+            warn(f"Error: Cannot print: {error.strerror}. Check where the output goes.")
+        sys.exit(1)
 
 
-def say(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines to stdout, at once even into a pipe. What could steer a terminal is escaped as in
-    JSON: control characters, bidirectional overrides, lone surrogates. Raises OSError."""
-    for line in lines:
-        shown = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
-        print(shown + "\n", end="", file=file, flush=True)  # in one piece: threads print, too
+def warn(*lines: str) -> None:
+    """Print lines to stderr, if that is possible."""
+    with contextlib.suppress(OSError):
+        for line in lines if sys.stderr else ():
+            print(printable(line), file=sys.stderr, flush=True)
+
+
+def printable(line: str) -> str:
+    """Return a line in which everything that could control a terminal is escaped as in JSON."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+
+
+def discard_unprinted() -> None:
+    """Let Python end quietly although stdout or stderr fails.
+
+    At its end, Python prints what it could not print before. If this fails again, it prints a
+    traceback, and changes the exit status.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            print(end="", file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# --- Program --------------------------------------------------------------------------------------
 
 
 def main() -> int:
     """Log in as the command line says, and return the exit status."""
+    if not hasattr(sys, "ps1"):  # in a notebook, these would change the notebook
+        # Ctrl+C ends the program at once, whatever it is waiting for.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if sys.platform != "win32":
+            # In the background, reading from the terminal fails instead of stopping the program.
+            signal.signal(signal.SIGTTIN, signal.SIG_IGN)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for output without Unicode
+    try:
+        log_in(parse_arguments())
+        return 0
+    except LoginError as error:
+        warn(f"Error: {error.what}.", *error.advice.split("\n"))
+        return 2 if isinstance(error, ConfigurationError) else 1
+    finally:
+        discard_unprinted()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the options on the command line. Raises SystemExit if there is a mistake in them."""
     parser = argparse.ArgumentParser(description="Log in to sipgate with OAuth 2.0.")
-    add, config = parser.add_argument, Path(__file__).with_name("config.env")
-    add("--config", metavar="FILE", default=config, help="the configuration (default: %(default)s)")
-    add("--no-browser", action="store_true", help="do not open the browser (default: open it)")
-    add("--timeout", metavar="SECONDS", type=float, default=300, help="wait (default: %(default)s)")
-    add("--show-tokens", action="store_true", help="print tokens in full (default: masked)")
+    config = Path(__file__).with_name("config.env")
+    parser.add_argument("--config", metavar="FILE", default=config, help="default: %(default)s")
+    parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=float,
+        default=300,
+        help="how long to wait for the login (default: %(default)s)",
+    )
+    parser.add_argument("--show-tokens", action="store_true", help="print tokens in full")
     options = parser.parse_args()
     if not 0 < options.timeout <= 86400:
-        parser.error("--timeout should be a positive number of at most 86400 (a day)")
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
-    if sys.platform != "win32":
-        # In the background of a terminal, reading from it fails, and does not stop the program.
-        signal.signal(signal.SIGTTIN, signal.SIG_IGN)
-    try:
-        log_in(options)
-    except LoginError as error:
-        say(f"Error: {error.args[0]}.", *error.args[1].split("\n"), file=sys.stderr)
-        return 2 if isinstance(error, ConfigurationError) else 1
-    except OSError as error:  # from stdout: all others have become a LoginError
-        if error.errno not in (errno.EPIPE, errno.EINVAL):  # "| head" has enough; so on Windows
-            say(f"Error: can't print: {error.strerror}. Check the output.", file=sys.stderr)
-        return 1
-    return 0
+        parser.error("--timeout must be a number of seconds from 0 to 86400 (a day)")
+    return options
 
 
 if __name__ == "__main__":
-    # Not sys.exit: it waits for threads that print, and prints once more what could not be printed.
-    os._exit(main())
+    sys.exit(main())
