@@ -542,9 +542,12 @@ def listen_for_callback(redirect_uri: str, check: Check) -> Iterator[Events]:
             try:
                 server = CallbackServer(address, uri, check, events)
             except OSError as error:
-                has_no_ipv6 = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-                if has_no_ipv6 and uri.hostname == "localhost" and address == "::1":
-                    continue  # the browser does not have it either
+                no_ipv6 = ":" in address and error.errno in (
+                    errno.EADDRNOTAVAIL,
+                    errno.EAFNOSUPPORT,
+                )
+                if no_ipv6 and uri.hostname == "localhost":
+                    continue  # the browser has no IPv6 either
                 what = f"Cannot listen on port {uri.port or 80} of {address}: {error.strerror}"
                 raise LoginError(what, OTHER_PORT) from error
             at_the_end.enter_context(server)  # closes the port
@@ -670,8 +673,9 @@ def read_pasted(check: Check, events: Events) -> None:
         # The query of a URL contains only these characters. Whatever else surrounds it was copied
         # along, or was added by a terminal.
         queries = re.findall(rb"\?([!$-&(-;=?-~]*)", line)
+        query = max(queries, key=len, default=b"").rstrip(b".,:;!?)]}")
         try:
-            events.put(check(max(queries, key=len, default=b"").decode("ascii")))
+            events.put(check(query.decode("ascii")))
             return
         except CallbackRefused as refused:
             events.put(f"{refused.reason} Paste the whole address that the browser shows.")

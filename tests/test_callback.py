@@ -17,7 +17,16 @@ from sandbox import Sandbox
 from script import PATIENCE, Script, answer_login_page, free_port, ipv6_works, visit
 
 import sipgate_oauth as program
-from sipgate_oauth import FOREIGN_STATE, LoginError, callback_server, check_callback
+from sipgate_oauth import (
+    FOREIGN_STATE,
+    CallbackRefused,
+    ConfigurationError,
+    LoginError,
+    StateMismatch,
+    check_callback,
+    listen_for_callback,
+    wait_for_callback,
+)
 
 Start = Callable[..., Script]
 needs_ipv6 = pytest.mark.skipif(not ipv6_works(), reason="this machine has no IPv6")
@@ -25,20 +34,62 @@ needs_ipv6 = pytest.mark.skipif(not ipv6_works(), reason="this machine has no IP
 STATE = "our-state"
 QUERY = f"code=a-code&state={STATE}"
 CALLBACK = {"code": "a-code", "state": STATE}
-# What comes to the redirect URI and is no callback of this login, and the status of the answer.
-REFUSED = {
-    **dict.fromkeys(["", "hello=world", "error_description=no", "code", "code=&error="], 400),
-    **{f"state={STATE}{rest}": 400 for rest in ("", "&code=", "&error=", "&error_description=no")},
-    **{f"{QUERY}&{again}": 400 for again in ("code=a-code", "c%6Fde=b", "code=", "x&x", "error=e")},
-    **{f"{QUERY}&state={again}": 400 for again in (STATE, "another", "")},
-    **{f"{it}=foreign": 403 for it in ("code", "error", "state")},
-    **{f"code=a&{it}": 403 for it in ("state=", f"STATE={STATE}", f"state%20={STATE}", ";state=x")},
-    **{f"code=a&state={it}{STATE}": 403 for it in ("x", "+", "%00", "%E2%82%AC", "ü")},
-    **{f"code=a&state={it}": 403 for it in (STATE[:-1], STATE.upper(), "%", "%FF%FE", "%ED%A0%80")},
-    "code=a" + "".join(f"&p{number}=" for number in range(5000)): 403,
+
+# What a request to the redirect URI has after the ?, and is not the callback of this login.
+NOT_A_LOGIN_RESPONSE = {
+    "nothing": "",
+    "other parameters": "hello=world",
+    "only a description": "error_description=no",
+    "a code without a value": "code",
+    "a code and an error, both empty": "code=&error=",
 }
-ON_EVERY_PAGE = "Content-Security-Policy: default-src 'none'\nCache-Control: no-store\n"
-ON_EVERY_PAGE += "Referrer-Policy: no-referrer\n"
+NEITHER_CODE_NOR_ERROR = {
+    "only our state": f"state={STATE}",
+    "our state, and an empty code": f"state={STATE}&code=",
+    "our state, and an empty error": f"state={STATE}&error=",
+    "our state, and a description": f"state={STATE}&error_description=no",
+    "a code and an error": f"{QUERY}&error=e",
+}
+REPEATED = {
+    "the same code twice": f"{QUERY}&code=a-code",
+    "a second code, escaped": f"{QUERY}&c%6Fde=b",
+    "a second code, empty": f"{QUERY}&code=",
+    "another parameter twice": f"{QUERY}&x&x",
+    "our state twice": f"{QUERY}&state={STATE}",
+    "our state and another": f"{QUERY}&state=another",
+    "our state and an empty one": f"{QUERY}&state=",
+}
+ANOTHER_STATE = {
+    "a code without a state": "code=foreign",
+    "an error without a state": "error=foreign",
+    "only another state": "state=foreign",
+    "an empty state": "code=a&state=",
+    "our state in another parameter": f"code=a&STATE={STATE}",
+    "our state in a parameter with a space": f"code=a&state%20={STATE}",
+    "a semicolon for an ampersand": f"code=a;state={STATE}",
+    "a letter before our state": f"code=a&state=x{STATE}",
+    "a space before our state": f"code=a&state=+{STATE}",
+    "a zero byte before our state": f"code=a&state=%00{STATE}",
+    "a euro sign before our state": f"code=a&state=%E2%82%AC{STATE}",
+    "an umlaut before our state": f"code=a&state=ü{STATE}",
+    "our state without its last letter": f"code=a&state={STATE[:-1]}",
+    "our state in capitals": f"code=a&state={STATE.upper()}",
+    "half an escape": "code=a&state=%",
+    "bytes that are not UTF-8": "code=a&state=%FF%FE",
+    "a surrogate": "code=a&state=%ED%A0%80",
+    "thousands of parameters": "code=a" + "".join(f"&p{number}=" for number in range(5000)),
+}
+REFUSED_WITH_400 = {**NOT_A_LOGIN_RESPONSE, **NEITHER_CODE_NOR_ERROR, **REPEATED}
+
+ON_EVERY_PAGE = (
+    "Content-Security-Policy: default-src 'none'\n"
+    "Cache-Control: no-store\n"
+    "Referrer-Policy: no-referrer\n"
+)
+
+
+def check(query: str) -> dict[str, str]:
+    return check_callback(query, STATE)
 
 
 @pytest.fixture
@@ -79,72 +130,124 @@ def send_and_reset(uri: str, request: bytes) -> None:
         connection.sendall(request)
 
 
-@pytest.mark.parametrize("query", REFUSED, ids=lambda query: query[:60])
-def test_what_is_no_callback_of_this_login_is_refused(query: str) -> None:
-    with pytest.raises(program.CallbackRefused) as refused:
-        check_callback(query, STATE)
-    assert refused.value.args[0] == REFUSED[query]
+# --- What check_callback decides ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("odd", REFUSED_WITH_400)
+def test_what_is_not_a_callback_is_refused(odd: str) -> None:
+    with pytest.raises(CallbackRefused) as refused:
+        check(REFUSED_WITH_400[odd])
+    assert refused.value.status == 400
+    assert not isinstance(refused.value, StateMismatch)
+
+
+@pytest.mark.parametrize("odd", ANOTHER_STATE)
+def test_a_callback_with_another_state_is_refused(odd: str) -> None:
+    with pytest.raises(StateMismatch) as refused:
+        check(ANOTHER_STATE[odd])
+    assert (refused.value.status, refused.value.reason) == (403, FOREIGN_STATE)
 
 
 def test_without_a_state_of_our_own_nothing_is_the_callback() -> None:
-    with pytest.raises(program.CallbackRefused):
+    with pytest.raises(StateMismatch):
         check_callback("code=a-code", "")
 
 
 def test_a_code_or_an_error_with_our_state_is_the_callback() -> None:
-    assert check_callback(f"{QUERY}&error=&x=1", STATE) == {**CALLBACK, "x": "1"}
-    assert check_callback(f"state={STATE}&error=e&code=", STATE) == {"error": "e", "state": STATE}
+    assert check(f"{QUERY}&error=&x=1") == {**CALLBACK, "x": "1"}
+    assert check(f"state={STATE}&error=e&code=") == {"error": "e", "state": STATE}
     assert check_callback("code=%C3%BC+%26&state=%C3%BC", "ü") == {"code": "ü &", "state": "ü"}
 
 
-def test_nothing_else_ends_or_delays_the_wait(sandbox: Sandbox, start: Start) -> None:
-    script = start(**sandbox.environment)
-    callback, state = answer_login_page(script.url()), script.state()
-    whole = get(f"/oauth?code=a-code&state={state}")
-    head = whole.removesuffix(b"\r\n")
-    paths = ["", "oauth/", "OAUTH", "%6Fauth", "oauth;x", "oauth%3F", "favicon.ico", "a/oauth"]
-    preflight = b"Origin: https://x.example\r\nAccess-Control-Request-Method: GET\r\n\r\n"
-    strays = {
-        **{whole.replace(b"oauth", path.encode()): 404 for path in paths},
-        **{get(f"/oauth?{query.replace(STATE, state)}"): REFUSED[query] for query in REFUSED},
-        **{whole.replace(b"GET", it): 501 for it in b"HEAD POST OPTIONS PUT TRACE get X".split()},
-        head.replace(b"GET", b"OPTIONS") + preflight: 501,
-        head.replace(b"GET", b"POST") + b"Content-Length: 5\r\n\r\nhello": 501,
-        **{whole.replace(b"/oauth", it): 400 for it in (b"http://[/oauth", b"/oauth ")},
-        whole.split(b" HTTP")[0].ljust(65537, b"x"): 414,
-        head + b"X: ".ljust(65537, b"x"): 431,
-        head + b"X: x\r\n" * 101 + b"\r\n": 431,
-    }
-    for request, status in strays.items():
-        answer = send(callback, request)
-        assert answer.startswith(f"HTTP/1.0 {status} "), request[:200]
-        assert ON_EVERY_PAGE in answer, request[:200]
-        assert "access-control" not in answer.lower(), request[:200]
-        assert "foreign" not in answer, request[:200]
-    # What follows gets no status. A line that is cut off could hold a part of the code.
-    line = f"GET /oauth?state={state}&code=a-code HTTP/1.1".encode()
-    versions = [b"", b"HTTP/0.9", b"HTTP/2.0", b"HTTP/11.1", b"HTTP/one", b"http/1.1"]
-    no_requests = [
-        *(line[:length] for length in range(len(line))),
-        *(line.replace(b"HTTP/1.1", version) + b"\r\n\r\n" for version in versions),
-        *(line.replace(b"GET ", start) + b"\r\n\r\n" for start in (b"", b"GET", b"\0GET ")),
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)),  # TLS
-        b"x" * 65_537,
-    ]
-    for request in no_requests:
-        assert "came through" not in send(callback, request), request[:200]
-    for request in (b"", b"G", head, get("/favicon.ico")):
-        send_and_reset(callback, request)
+# --- What the callback server answers -------------------------------------------------------------
+
+HEAD = f"GET /oauth?{QUERY} HTTP/1.1\r\nHost: localhost\r\n".encode()
+WHOLE = HEAD + b"\r\n"
+PREFLIGHT = b"Origin: https://x.example\r\nAccess-Control-Request-Method: GET\r\n\r\n"
+# Requests with our state and a code that are not the callback, by what is odd about them, and the
+# status of the answer.
+ODD_REQUESTS: dict[str, tuple[bytes, int]] = {
+    **{
+        f"another path: /{path}": (WHOLE.replace(b"/oauth", f"/{path}".encode()), 404)
+        for path in [
+            "",
+            "oauth/",
+            "OAUTH",
+            "%6Fauth",
+            "oauth;x",
+            "oauth%3F",
+            "favicon.ico",
+            "a/oauth",
+        ]
+    },
+    **{
+        f"another method: {method}": (WHOLE.replace(b"GET", method.encode()), 501)
+        for method in ["HEAD", "POST", "OPTIONS", "PUT", "TRACE", "get", "X"]
+    },
+    "a preflight request": (HEAD.replace(b"GET", b"OPTIONS") + PREFLIGHT, 501),
+    "a form": (HEAD.replace(b"GET", b"POST") + b"Content-Length: 5\r\n\r\nhello", 501),
+    "half a host": (WHOLE.replace(b"/oauth", b"http://[/oauth"), 400),
+    "a space in the address": (WHOLE.replace(b"/oauth", b"/oauth "), 400),
+    "an endless address": (WHOLE.split(b" HTTP")[0].ljust(65537, b"x"), 414),
+    "an endless header": (HEAD + b"X: ".ljust(65537, b"x"), 431),
+    "too many headers": (HEAD + b"X: x\r\n" * 101 + b"\r\n", 431),
+    **{odd: (get(f"/oauth?{query}"), 400) for odd, query in REFUSED_WITH_400.items()},
+    **{odd: (get(f"/oauth?{query}"), 403) for odd, query in ANOTHER_STATE.items()},
+}
+LINE = HEAD.partition(b"\r\n")[0]
+# What is so odd that it may get no answer at all. A line that is cut off may hold half of the code.
+NO_REQUESTS = [
+    *(LINE[:length] for length in range(len(LINE))),
+    *(
+        LINE.replace(b"HTTP/1.1", version) + b"\r\n\r\n"
+        for version in [b"", b"HTTP/0.9", b"HTTP/2.0", b"HTTP/11.1", b"HTTP/one", b"http/1.1"]
+    ),
+    *(LINE.replace(b"GET ", method) + b"\r\n\r\n" for method in [b"", b"GET", b"\0GET "]),
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)),  # TLS
+    b"x" * 65_537,
+]
+
+
+def test_an_odd_request_is_refused_and_is_not_the_callback(uri: str) -> None:
+    with listen_for_callback(uri, check) as events:
+        for odd, (request, status) in ODD_REQUESTS.items():
+            answer = send(uri, request)
+            assert answer.startswith(f"HTTP/1.0 {status} "), odd
+            assert ON_EVERY_PAGE in answer, odd
+            assert "access-control" not in answer.lower(), odd
+            assert "foreign" not in answer, odd
+        for request in NO_REQUESTS:
+            assert "Login complete" not in send(uri, request), request[:200]
+        heard = [events.get() for _ in range(events.qsize())]
+    assert {type(event) for event in heard} == {StateMismatch}
+    assert len(heard) == len(ANOTHER_STATE)
+
+
+def test_connections_that_break_or_stay_idle_do_not_delay_the_callback(uri: str) -> None:
+    beginnings = [b"", b"G", HEAD, b"\x16", get("/favicon.ico")]
     began = time.monotonic()
-    with contextlib.ExitStack() as idle:
-        for request in (b"", b"G", head, b"\x16"):
-            idle.enter_context(connect(callback)).sendall(request)
-        assert "came through" in visit(callback).text
-        assert (script.status(), sandbox.exchanges) == (0, 1)
+    with listen_for_callback(uri, check) as events, contextlib.ExitStack() as idle:
+        for beginning in beginnings:
+            send_and_reset(uri, beginning)
+            idle.enter_context(connect(uri)).sendall(beginning)
+        assert "Login complete" in send(uri, WHOLE)
+        assert wait_for_callback(events, PATIENCE) == CALLBACK
     assert time.monotonic() - began < program.CallbackHandler.timeout
-    with callback_server(callback, STATE):
-        pass  # the port is free again, though the system keeps it back for the idle connections
-    assert script.stderr == f"{FOREIGN_STATE}\nIf it is an old tab, use the URL above.\n"
+    with listen_for_callback(uri, check):
+        pass  # the port is free again, though the system remembers the idle connections
+
+
+def test_forged_callbacks_are_told_once_and_the_login_goes_on(
+    sandbox: Sandbox, start: Start
+) -> None:
+    script = start(**sandbox.environment)
+    callback = answer_login_page(script.url())
+    for _ in range(3):
+        assert visit(callback.replace("state=", "state=x")).status_code == 403
+    assert "Login complete" in visit(callback).text
+    assert (script.status(), sandbox.exchanges) == (0, 1)
+    advice = "If you used an old browser tab, open the URL above instead."
+    assert script.stderr == f"{FOREIGN_STATE}\n{advice}\n"
 
 
 @needs_ipv6
@@ -152,11 +255,11 @@ def test_nothing_else_ends_or_delays_the_wait(sandbox: Sandbox, start: Start) ->
 def test_each_loopback_host_and_path_is_served(at: str) -> None:
     uri = f"http://{at.format(free_port())}"
     addresses = program.LOOPBACK[urlsplit(uri).hostname or ""]
-    with callback_server(uri, STATE) as callbacks:
+    with listen_for_callback(uri, check) as events:
         for address in addresses:
             for target in (urlsplit(uri).path or "/", uri):  # as a browser and as a proxy say it
-                assert "came through" in send(uri, get(f"{target}?{QUERY}"), address)
-                assert callbacks.get(timeout=PATIENCE) == CALLBACK
+                assert "Login complete" in send(uri, get(f"{target}?{QUERY}"), address)
+                assert events.get(timeout=PATIENCE) == CALLBACK
         for address in {"127.0.0.1", "::1", "127.0.0.2"} - {*addresses}:
             assert not can_connect(uri, address)
 
@@ -166,7 +269,7 @@ def test_eight_callbacks_at_once_exchange_the_code_once(sandbox: Sandbox, start:
     callback = answer_login_page(script.url())
     with ThreadPoolExecutor(8) as browsers:
         pages = list(browsers.map(send, [callback] * 8, [get(callback)] * 8))
-    assert any(page.startswith("HTTP/1.0 200 The login came through") for page in pages)
+    assert any("<h1>Login complete</h1>" in page for page in pages)
     assert (script.status(), sandbox.exchanges) == (0, 1)
 
 
@@ -186,69 +289,157 @@ def test_the_port_closes_while_the_exchange_still_hangs(server: OddServer, start
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there, a reset throws away what came before")
 def test_a_browser_that_hangs_up_before_the_page_still_logs_in(uri: str) -> None:
-    with callback_server(uri, STATE) as callbacks:
-        send_and_reset(uri, get(f"/oauth?{QUERY}"))
-        assert callbacks.get(timeout=PATIENCE) == CALLBACK
+    with listen_for_callback(uri, check) as events:
+        send_and_reset(uri, WHOLE)
+        assert events.get(timeout=PATIENCE) == CALLBACK
 
 
 def test_an_idle_connection_is_not_kept(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program.CallbackHandler, "timeout", program.CallbackHandler.timeout / 50)
-    with callback_server(uri, STATE), connect(uri) as idle:
+    with listen_for_callback(uri, check), connect(uri) as idle:
         assert idle.recv(1) == b""
+
+
+def test_the_pages_say_how_the_login_went_and_lead_back_to_the_terminal(uri: str) -> None:
+    refusal = f"state={STATE}&error=%3Cb%3E&error_description=You+said+no%26."
+    pages = {
+        "code=a&state=another": (
+            403,
+            FOREIGN_STATE,
+            "The terminal is still waiting for the login.",
+        ),
+        refusal: (200, "Login failed", "&lt;b&gt;: You said no&amp;. Go back to the terminal."),
+        QUERY: (200, "Login complete", "Go back to the terminal."),
+    }
+    with listen_for_callback(uri, check):
+        for query, (status, title, text) in pages.items():
+            page = send(uri, get(f"/oauth?{query}"))
+            assert page.startswith(f"HTTP/1.0 {status} ")
+            assert page.endswith(f"<h1>{title}</h1><p>{text}</p>")
+            assert "\nContent-Type: text/html;" in page
+            assert ON_EVERY_PAGE in page
+
+
+# --- What keeps the program from listening --------------------------------------------------------
 
 
 @needs_ipv6
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
 def test_a_port_in_use_is_told_before_the_url(sandbox: Sandbox, start: Start, host: str) -> None:
     uri = sandbox.environment["REDIRECT_URI"]
-    with callback_server(uri.replace("localhost", host), STATE):
+    with listen_for_callback(uri.replace("localhost", host), check):
         script = start(**sandbox.environment)
         assert script.status() == 1
     assert "response_type" not in script.stdout
-    assert f"Can't listen on port {urlsplit(uri).port} of {host.strip('[]')}: " in script.stderr
-    assert script.stderr.endswith(" Or stop what uses this port.\n")
+    assert f"Cannot listen on port {urlsplit(uri).port} of {host.strip('[]')}: " in script.stderr
+    assert "\nStop the program that uses this port." in script.stderr
 
 
-def test_a_port_that_may_not_be_used_has_other_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_may_not_be_used_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     bind = Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr(socket.socket, "bind", bind)
-    with pytest.raises(LoginError) as error, callback_server("http://localhost/oauth", STATE):
+    with pytest.raises(LoginError) as error, listen_for_callback("http://localhost/oauth", check):
         pass
     bind.assert_called_once_with(("127.0.0.1", 80))
-    what = "Can't listen on port 80 of 127.0.0.1: Permission denied"
-    assert error.value.args == (what, program.OTHER_PORT)
+    assert error.value.what == "Cannot listen on port 80 of 127.0.0.1: Permission denied"
+    assert "another port above 1023" in error.value.advice
 
 
-def test_a_machine_without_ipv6_is_fine(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "uri",
+    ["https://localhost:8443/oauth", "https://app.example.com/oauth", "http://example.com/oauth"],
+)
+def test_a_redirect_uri_that_only_a_web_server_can_serve_is_an_error(uri: str) -> None:
+    with pytest.raises(ConfigurationError) as error, listen_for_callback(uri, check):
+        pass
+    assert uri in error.value.what
+    assert "Use http, not https" in error.value.advice
+
+
+def test_a_machine_without_the_address_of_ipv6_is_fine(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(program.LOOPBACK, "localhost", ["127.0.0.1", "2001:db8::1"])
-    with callback_server(uri, STATE):
+    with listen_for_callback(uri, check):
         assert can_connect(uri)
-    monkeypatch.setitem(program.LOOPBACK, "localhost", ["2001:db8::1"])
-    with pytest.raises(LoginError, match="of 2001:db8::1: "), callback_server(uri, STATE):
+
+
+def test_a_system_without_ipv6_is_fine(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "AF_INET6", 999)  # which no system knows
+    with listen_for_callback(uri, check):
+        assert can_connect(uri)
+
+
+def test_without_ipv6_an_ipv6_redirect_uri_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "AF_INET6", 999)
+    uri = f"http://[::1]:{free_port()}/oauth"
+    with pytest.raises(LoginError, match="of ::1: "), listen_for_callback(uri, check):
         pass
 
 
-def test_the_pages_say_how_the_login_went_and_the_first_answer_wins(uri: str) -> None:
-    refusal = f"state={STATE}&error=%3Cb%3E&error_description=You+said+no%26."
-    pages = {
-        "code=a&state=another": f"<h1>{FOREIGN_STATE}</h1>The terminal still waits for the login.",
-        refusal: "<h1>The login did not come through</h1>&lt;b&gt;: You said no&amp;",
-        QUERY: "<h1>The login came through</h1>The terminal goes on from here.",
-    }
-    with callback_server(uri, STATE) as callbacks:
-        for query, text in pages.items():
-            page = send(uri, get(f"/oauth?{query}"))
-            assert page.endswith(text)
-            assert ON_EVERY_PAGE in page
-        with pytest.raises(LoginError, match=r"refused: <b>: You said no&'.*Start again\."):
-            program.wait_for_callback(uri, callbacks, PATIENCE)
+def test_a_system_without_threads_is_an_error(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out_of_threads = Mock(side_effect=RuntimeError("can't start new thread"))
+    monkeypatch.setattr(threading.Thread, "start", out_of_threads)
+    error = pytest.raises(LoginError, match="allows no more threads")
+    with error, listen_for_callback(uri, check):
+        pass
+    monkeypatch.undo()
+    with listen_for_callback(uri, check):
+        pass  # the port was closed
 
 
-def test_after_30_s_errors_are_explained(uri: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with callback_server(uri, STATE):
-        timers = [it for it in threading.enumerate() if isinstance(it, threading.Timer)]
-        hint = next(timer for timer in timers if timer.interval == 30)
-        send(uri, get("/favicon.ico"))  # which is not worth a word
-        hint.function(*hint.args, **hint.kwargs)  # as it will, then
-    assert hint.finished.is_set()  # so it will not, after the wait
+# --- The wait -------------------------------------------------------------------------------------
+
+
+def test_the_first_callback_wins(uri: str) -> None:
+    with listen_for_callback(uri, check) as events:
+        send(uri, get(f"/oauth?state={STATE}&error=first"))
+        send(uri, WHOLE)
+        callback = wait_for_callback(events, PATIENCE)
+    assert callback == {"state": STATE, "error": "first"}
+
+
+def test_an_error_in_the_callback_is_told_with_advice() -> None:
+    callback = {"error": "access_denied", "error_description": "You said no."}
+    with pytest.raises(LoginError) as refused:
+        program.code_from_callback(callback)
+    assert refused.value.what == "The login was refused: access_denied: You said no"
+    assert refused.value.error == "access_denied"
+    assert "start again and allow the access" in refused.value.advice
+
+
+@pytest.mark.parametrize("error", ["consent_required", "login_required", "interaction_required"])
+def test_an_error_of_openid_connect_has_the_advice_to_allow_the_access(error: str) -> None:
+    with pytest.raises(LoginError, match="allow the access"):
+        program.code_from_callback({"error": error})
+
+
+def test_after_a_while_errors_in_the_browser_are_explained_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.HINT_AFTER == 30  # seconds
+    monkeypatch.setattr(program, "HINT_AFTER", 0.01)
+    with pytest.raises(LoginError, match=r"No callback arrived within 0\.1 seconds"):
+        wait_for_callback(program.queue.SimpleQueue(), 0.1)
     assert capsys.readouterr() == ("", f"{program.BROWSER_ERRORS}\n")
+
+
+def test_without_a_callback_the_wait_ends_and_errors_in_the_browser_are_explained(
+    start: Start, sandbox: Sandbox
+) -> None:
+    script = start("--timeout=0.1", **sandbox.environment)
+    assert script.status() == 1
+    assert script.stderr.startswith("Error: No callback arrived within 0.1 seconds.\n")
+    assert script.stderr.endswith(f" {program.BROWSER_ERRORS}\n")
+    for key in ("CLIENT_ID", "REDIRECT_URI", "OAUTH_SCOPE", "third-party", "sipgate-apps"):
+        assert key in program.BROWSER_ERRORS
+
+
+def test_a_flood_of_notices_does_not_extend_the_wait(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events: program.Events = program.queue.SimpleQueue()
+    monkeypatch.setattr(program, "warn", lambda *lines: events.put("and another"))
+    events.put("a notice")
+    with pytest.raises(LoginError, match="No callback"):
+        wait_for_callback(events, 0.1)

@@ -1,4 +1,4 @@
-"""Pasted addresses: the way in for a browser that can't come back to this machine."""
+"""Pasted addresses: the way in for a browser that cannot return to this machine."""
 
 import contextlib
 import io
@@ -7,87 +7,129 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from threading import Event
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import patch
 
 import pytest
 import requests
 from sandbox import Sandbox
-from script import Script, answer_login_page, free_port, log_in, visit
+from script import PATIENCE, Script, answer_login_page, log_in, visit
 
-from sipgate_oauth import FOREIGN_STATE, Callbacks, callback_server, read_pasted
+import sipgate_oauth as program
+from sipgate_oauth import FOREIGN_STATE, Events, check_callback, read_pasted
 
 Start = Callable[..., Script]
 Paste = Callable[[bytes], list[str]]
 
 QUERY = b"code=a-code&state=our-state"
-NO_ANSWER, TWICE = "This is no answer to a login.", "A parameter is there more than once."
-WRONG = {
-    **dict.fromkeys([b"", b"hello", b"http://[?", QUERY, b"x" * 100_000], NO_ANSWER),
-    b"?code=b&" + QUERY: TWICE,
-    b"?state=our-state": "There should be a code or an error.",
-    **dict.fromkeys([b"?code=foreign&state=foreign", b"?state=\xff\x1b[2J"], FOREIGN_STATE),
-    b"?state=" + b"x" * 100_000: FOREIGN_STATE,
+ADDRESS = b"http://localhost:8080/oauth?" + QUERY
+# How an address arrives that people copy from browsers, chats and terminals.
+AS_COPIED = {
+    "as it is": ADDRESS + b"\n",
+    "without a line end": ADDRESS,
+    "from Windows": ADDRESS + b"\r\n",
+    "with spaces": b" \t" + ADDRESS + b" \r\n",
+    "in straight quotes": b"'" + ADDRESS + b"'\n",
+    "in straight double quotes": b' "' + ADDRESS + b'" \n',
+    "in curly quotes": "“".encode() + ADDRESS + "”\n".encode(),
+    "in angle brackets": b"<" + ADDRESS + b">\n",
+    "in parentheses, with a full stop": b"(" + ADDRESS + b").\n",
+    "with a fragment": ADDRESS + b"#_=_\n",
+    "with the marks that a terminal puts around a paste": b"\x1b[200~" + ADDRESS + b"\x1b[201~\n",
+    "between no-break spaces": b"\xc2\xa0" + ADDRESS + b"\xc2\xa0\n",
+    "between zero-width spaces": b"\xe2\x80\x8b" + ADDRESS + b"\xe2\x80\x8b\n",
+    "after a question": b"Is this it? " + ADDRESS + b"\n",
+    "without the scheme": b"localhost:8080/oauth?" + QUERY + b"\n",
+    "from another scheme and host": b"https://[::1]/x?" + QUERY + b"\n",
+    "only the query": b"?" + QUERY + b"\n",
 }
-JOB_IN_THE_BACKGROUND = """if True:
-    import fcntl, os, subprocess, sys, termios
-    _, terminal = os.openpty()
-    os.setsid()
-    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
-    job = subprocess.Popen([sys.executable, *sys.argv[1:]], stdin=terminal, preexec_fn=os.setpgrp)
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(job.pid, os.WUNTRACED)[1]))"""
+# What is not the address, and the reason that is told.
+WRONG = {
+    "an empty line": (b"", "This is not a login response."),
+    "a word": (b"hello", "This is not a login response."),
+    "half an address": (b"http://[?", "This is not a login response."),
+    "a query without its question mark": (QUERY, "This is not a login response."),
+    "a long line": (b"x" * 50_000, "This is not a login response."),
+    "two codes": (b"?code=b&" + QUERY, "The address contains a parameter more than once."),
+    "no code": (b"?state=our-state", "The address must contain either a code or an error."),
+    "another state": (b"?code=foreign&state=foreign", FOREIGN_STATE),
+    "bytes that are not text": (b"?code=a&state=\xff\x1b[2J", FOREIGN_STATE),
+    "a long state": (b"?state=" + b"x" * 50_000, FOREIGN_STATE),
+}
+ADVICE = "Paste the whole address that the browser shows."
+TOO_MANY = "None of 20 lines was the address. No more lines are read."
+
+
+def read_from(stdin: Any) -> list[str]:
+    """Let read_pasted read a stream to its end, and return what it tells, and the codes."""
+    events: Events = program.queue.SimpleQueue()
+    with patch.object(sys, "stdin", stdin):
+        read_pasted(lambda query: check_callback(query, "our-state"), events)
+    heard = [events.get() for _ in range(events.qsize())]
+    return [event["code"] if isinstance(event, dict) else str(event) for event in heard]
 
 
 @pytest.fixture
-def paste(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Paste:
+def paste(tmp_path: Path) -> Paste:
     """Paste bytes, and return what is told of them, and the code if they hold a callback."""
 
     def paste(typed: bytes) -> list[str]:
         (tmp_path / "stdin").write_bytes(typed)
-        callbacks = Callbacks()
         with (tmp_path / "stdin").open() as stdin:
-            monkeypatch.setattr(sys, "stdin", stdin)
-            read_pasted("our-state", callbacks, Event())
-        codes = [callbacks.get()["code"] for _ in range(callbacks.qsize())]
-        return [*capsys.readouterr().err.splitlines(), *codes]
+            return read_from(stdin)
 
     return paste
 
 
-@pytest.mark.parametrize("start", [b"http://localhost:80/oauth", b"https://x/y", b"[::1]:80", b""])
-def test_an_address_is_accepted_as_people_copy_it(paste: Paste, start: bytes) -> None:
-    address = start + b"?" + QUERY
-    for form in (b"%b\n", b" \t%b \r\n", b"'%b'\n", b' "%b" \n', b"<%b>\n", b"%b#_=_\n", b"%b"):
-        assert paste(form % address) == ["a-code"], form
+@pytest.mark.parametrize("how", AS_COPIED)
+def test_an_address_is_accepted_as_people_copy_it(paste: Paste, how: str) -> None:
+    assert paste(AS_COPIED[how]) == ["a-code"]
 
 
-def test_a_wrong_address_is_told_and_the_next_one_counts(paste: Paste) -> None:
-    for wrong, why in WRONG.items():
-        told = [why, "Paste what the browser shows last."]
-        assert paste(b"%b\n?%b\n?%b\n" % (wrong, QUERY, QUERY)) == [*told, "a-code"], wrong
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_address_is_told_and_the_next_one_counts(paste: Paste, what: str) -> None:
+    wrong, reason = WRONG[what]
+    typed = wrong + b"\n" + ADDRESS + b"\n" + ADDRESS + b"\n"
+    assert paste(typed) == [f"{reason} {ADVICE}", "a-code"]
+
+
+def test_after_20_wrong_lines_no_more_are_read(paste: Paste) -> None:
+    told = [f"This is not a login response. {ADVICE}"] * 20 + [TOO_MANY]
+    assert paste(b"y\n" * 20 + ADDRESS) == told
+    assert paste(b"y\n" * 19 + ADDRESS) == [*told[:19], "a-code"]
+
+
+def test_a_stream_without_line_ends_is_not_collected(paste: Paste) -> None:
+    assert paste(b"\0" * 10_000_000)[-1] == TOO_MANY
+
+
+def test_a_line_is_read_in_one_call_and_nothing_is_lost_between_two() -> None:
+    """A Windows console may cut a line that is read in single bytes."""
+    sizes = []
+    parts = iter([b"hel", b"lo\n" + ADDRESS[:50], ADDRESS[50:], b"\n", b""])
+
+    def read(descriptor: int, size: int) -> bytes:
+        sizes.append(size)
+        return next(parts)
+
+    with open(os.devnull) as stdin, patch.object(os, "read", read):
+        assert read_from(stdin) == [f"This is not a login response. {ADVICE}", "a-code"]
+    assert min(sizes) >= 4096
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there, a pipe can not refuse to be read")
-def test_an_stdin_that_can_not_be_read_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stdin_that_cannot_be_read_is_tried_again() -> None:
     """As when the program goes to the background of a terminal, and comes back."""
-    callbacks, (reader, writer) = Callbacks(), os.pipe()
-    os.set_blocking(reader, False)  # so it fails while there is nothing to read
-    with open(reader) as stdin, open(writer, "wb", buffering=0) as person:
-        monkeypatch.setattr(sys, "stdin", stdin)
-        done = Mock(is_set=lambda: False, wait=lambda seconds: person.write(b"?%b\n" % QUERY))
-        read_pasted("our-state", callbacks, done)
-    assert callbacks.get_nowait()["code"] == "a-code"
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)  # so reading fails while there is nothing to read
+    type_it = patch.object(program.time, "sleep", lambda _: os.write(writer, ADDRESS + b"\n"))
+    with open(reader) as stdin, open(writer, "wb"), type_it:
+        assert read_from(stdin) == ["a-code"]
 
 
-@pytest.mark.parametrize("stdin", [None, io.StringIO()], ids=["closed", "without a descriptor"])
-def test_reading_ends_with_the_wait(monkeypatch: pytest.MonkeyPatch, stdin: Any) -> None:
-    monkeypatch.setattr(sys, "stdin", stdin)
-    with callback_server(f"http://127.0.0.1:{free_port()}/", "state"):
-        (reader,) = [it for it in threading.enumerate() if "read_pasted" in it.name]
-    reader.join()
+@pytest.mark.parametrize("stdin", [None, io.StringIO()], ids=["closed", "of a notebook"])
+def test_a_stdin_that_is_not_a_file_is_not_read(stdin: Any) -> None:
+    assert read_from(stdin) == []
 
 
 @pytest.mark.parametrize("silent", [True, False])
@@ -96,8 +138,7 @@ def test_stdin_may_end_or_be_silent(sandbox: Sandbox, start: Start, silent: bool
     if not silent:
         script.close_stdin()
     log_in(script)
-    assert script.status() == 0
-    assert script.stderr == ""
+    assert (script.status(), script.stderr) == (0, "")
 
 
 def test_a_paste_after_a_wrong_one_logs_in_once_also_if_the_browser_comes_back(
@@ -106,7 +147,7 @@ def test_a_paste_after_a_wrong_one_logs_in_once_also_if_the_browser_comes_back(
     script = start(**sandbox.environment)
     callback = answer_login_page(script.url())
     script.type("hello\n")
-    script.until("Paste what the browser shows")
+    script.until(ADVICE)
     script.type(f"{callback}\n")
     with contextlib.suppress(requests.ConnectionError):  # the port may be closed by then
         visit(callback)
@@ -115,16 +156,28 @@ def test_a_paste_after_a_wrong_one_logs_in_once_also_if_the_browser_comes_back(
 
 def test_a_pasted_error_ends_the_login_in_plain_text(sandbox: Sandbox, start: Start) -> None:
     script = start(**sandbox.environment)
-    text = "\x1b[2J\x9b31m\u202e\u2028\x85\x7f\b %1B[2J %C2%9B31m %0AError: none"
+    text = "%1B[2J%C2%9B31m%E2%80%AE%E2%80%A8%C2%85%7F%08 %0AError: none".replace(" ", "+")
     script.type(f"?error=access_denied&state={script.state()}&error_description={text}\n")
     assert (script.status(), sandbox.exchanges) == (1, 0)
     assert script.stderr.startswith("Error: The login was refused: access_denied: ")
+    assert "Error: none" in script.stderr
     assert script.stderr.count("\n") == 2
     assert all(it.isprintable() or it == "\n" for it in script.stdout + script.stderr)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no jobs in the background")
-def test_in_the_background_of_a_terminal_it_is_not_stopped(sandbox: Sandbox, start: Start) -> None:
-    script = start(python=("-c", JOB_IN_THE_BACKGROUND), **sandbox.environment)
+def test_a_stdin_that_never_stops_is_read_no_further(sandbox: Sandbox, start: Start) -> None:
+    script = start(**sandbox.environment)
+    writer = threading.Thread(target=type_without_end, args=[script])
+    writer.start()
+    script.until(TOO_MANY)
     log_in(script)
-    assert (script.status(), script.stderr) == (0, "")
+    assert script.status() == 0
+    assert script.stderr.count("\n") == 21
+    writer.join(PATIENCE)
+
+
+def type_without_end(script: Script) -> None:
+    """Do what `yes |` does."""
+    with contextlib.suppress(OSError, ValueError):  # at the end of the script
+        while True:
+            script.type("y\n" * 1000)
