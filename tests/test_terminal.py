@@ -2,22 +2,24 @@
 
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from odd_server import OddServer, Request
+from odd_server import STEPS, OddServer, Request
 from odd_server import log_in as log_in_at
 from sandbox import Sandbox
 from script import PATIENCE, SCRIPT, Script, answer_login_page, log_in, visit
 
-from sipgate_oauth import BROWSER_ERRORS, open_browser
+from sipgate_oauth import KEYS, open_browser
 
 Start = Callable[..., Script]
 
@@ -28,10 +30,19 @@ DEVELOPMENT = {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}
 
 
 def started_by(line: str, terminal: bool = False) -> tuple[str, ...]:
-    """Options of Python that let a line of shell start the script, "$@", in a terminal or not."""
+    """Options of Python that let a line of shell start the script, which is "$@" in the line.
+
+    terminal: whether the shell runs in a terminal of its own
+    """
     run = "pty.spawn(command)" if terminal else "os.execvp('sh', command)"
     command = f"['sh', '-c', {line!r}, 'sh', sys.executable, *sys.argv[1:]]"
     return ("-c", f"import os, pty, sys; command = {command}; {run}")
+
+
+def watched(folder: Path, watcher: str) -> dict[str, str]:
+    """Return the environment that lets Python run a watcher before the script."""
+    (folder / "sitecustomize.py").write_text(watcher)
+    return {"PYTHONPATH": str(folder)}
 
 
 # --- Ctrl+C ---------------------------------------------------------------------------------------
@@ -69,48 +80,47 @@ def test_ctrl_c_ends_a_request_that_hangs(server: OddServer, start: Start, step:
     expect_ctrl_c_to_end(script)
 
 
-@posix
-def test_ctrl_c_ends_the_program_while_it_loads(start: Start, tmp_path: Path) -> None:
-    """Even where Python sees no signal. (Such is the look-up of a host name, too.)"""
-    (tmp_path / "dotenv.py").write_text("print('loading', flush=True); sum(iter(int, 1))")
-    script = start(PYTHONPATH=str(tmp_path))
-    script.until("loading")
-    expect_ctrl_c_to_end(script)
+NOTEBOOK = """
+import runpy, signal, sys
+sys.ps1 = "In : "  # which shells and notebooks set
+before = signal.getsignal(signal.SIGINT)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    print("status", end.code)
+print("Ctrl+C", "as before" if signal.getsignal(signal.SIGINT) is before else "changed")
+"""
+
+
+def test_a_notebook_outlives_the_program(sandbox: Sandbox, start: Start) -> None:
+    script = start(python=("-c", "import sys; del sys.argv[0]\n" + NOTEBOOK), **sandbox.environment)
+    log_in(script)
+    assert script.status() == 0
+    assert script.stdout.endswith("\nstatus 0\nCtrl+C as before\n")
 
 
 # --- The browser ----------------------------------------------------------------------------------
-
-NOISY_BROWSER = """
-import contextlib, socket, sys
-print("noise on stdout", flush=True)
-print("noise on stderr", file=sys.stderr, flush=True)
-with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
-    terminal.write("noise in the terminal")
-sys.stdin.read()
-with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as test:
-    test.sendall(f"{sys.argv[2]}\\n".encode())
-    while byte := test.recv(1):
-        test.sendall(byte)
-"""
 
 
 class Browser(ExitStack):
     """A noisy browser; its window is open in the `with`. environment: of a script that opens it"""
 
-    def __init__(self, environment: dict[str, str], folder: Path) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
         super().__init__()
         self._server = self.enter_context(socket.create_server(("127.0.0.1", 0)))
         self._server.settimeout(PATIENCE)
-        (folder / "browser.py").write_text(NOISY_BROWSER)
-        (folder / "webbrowser.py").write_text("")  # not to be run in place of the library
-        words = [sys.executable, str(folder / "browser.py"), str(self._server.getsockname()[1])]
+        program = Path(__file__).with_name("noisy_browser.py")
+        words = [sys.executable, str(program), str(self._server.getsockname()[1])]
         command = shlex.join(word.replace("\\", "/") for word in words)
-        self.environment = {**environment, "PYTHONPATH": str(folder), "BROWSER": f"{command} %s"}
+        self.environment = {**environment, "BROWSER": f"{command} %s"}
 
     def opened_url(self) -> str:
         """Wait for the window, and return the URL that it was opened for."""
         self._window = self.enter_context(self._server.accept()[0])
-        return self._window.makefile().readline().strip()
+        told = self._window.makefile()
+        url = told.readline().strip()
+        self.variables = set(told.readline().split())
+        return url
 
     def is_open(self) -> bool:
         self._window.sendall(b"?")
@@ -118,8 +128,8 @@ class Browser(ExitStack):
 
 
 @pytest.fixture
-def browser(environment: dict[str, str], sandbox: Sandbox, tmp_path: Path) -> Browser:
-    return Browser({**environment, **sandbox.environment}, tmp_path)
+def browser(environment: dict[str, str], sandbox: Sandbox) -> Browser:
+    return Browser({**environment, **sandbox.environment})
 
 
 def test_a_browser_that_blocks_and_makes_noise_changes_nothing(browser: Browser) -> None:
@@ -129,6 +139,23 @@ def test_a_browser_that_blocks_and_makes_noise_changes_nothing(browser: Browser)
         assert (script.status(), script.stderr) == (0, "")
         assert "noise" not in script.stdout
         assert browser.is_open()
+
+
+def test_the_browser_does_not_get_the_configuration(browser: Browser) -> None:
+    with Script(environment=browser.environment), browser:
+        browser.opened_url()
+        assert "BROWSER" in browser.variables
+        assert not browser.variables & set(KEYS)
+
+
+def test_a_webbrowser_py_in_the_current_folder_is_not_run(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "webbrowser.py").write_text("open('was-run', 'w')")
+    monkeypatch.chdir(tmp_path)
+    with Script(environment=browser.environment) as script, browser:
+        assert browser.opened_url() == script.url()
+    assert not (tmp_path / "was-run").exists()
 
 
 @posix
@@ -150,31 +177,104 @@ def test_a_url_that_is_too_long_for_any_command_changes_nothing() -> None:
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="the real browser would open")
 def test_no_text_browser_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As over SSH, where there is no other, it would take over the terminal."""
-    (tmp_path / "www-browser").write_text(f"#!/bin/sh\n: >'{tmp_path}/started'\n")
-    (tmp_path / "www-browser").chmod(0o755)
+    python, tried, opened = tmp_path / "python", tmp_path / "tried", tmp_path / "opened"
+    python.write_text(f"#!/bin/sh\n'{sys.executable}' \"$@\"\n: >'{tried}'\n")
+    (tmp_path / "www-browser").write_text(f"#!/bin/sh\n: >'{opened}'\n")
+    for program in (python, tmp_path / "www-browser"):
+        program.chmod(0o755)
     for name, value in {"PATH": str(tmp_path), "TERM": "xterm", "BROWSER": ""}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "executable", str(python))
     open_browser("https://localhost/")
-    assert not (tmp_path / "started").exists()
+    deadline = time.monotonic() + PATIENCE
+    while not tried.exists():
+        assert time.monotonic() < deadline
+    assert not opened.exists()
 
 
-@posix
-def test_the_authorize_url_is_printed_before_the_browser_takes_its_time(browser: Browser) -> None:
-    """Python lists what it imports, which is put among the output."""
-    environment = {**browser.environment, "PYTHONPROFILEIMPORTTIME": "1"}
-    with Script(environment=environment, python=started_by('exec "$@" 2>&1')) as script, browser:
-        script.until("| subprocess")
-        assert "response_type=code" in script.stdout.partition("| subprocess")[0]
+# Python tells an audit hook when it loads a module and when it starts a process.
+TELL_OF_PROCESSES = """
+import sys
+
+def tell(event, details):
+    if event == "subprocess.Popen" or event == "import" and details[0] == "subprocess":
+        print(f"<{event}>", flush=True)
+
+sys.addaudithook(tell)
+"""
 
 
-def test_no_browser_opens_if_it_is_not_wanted(sandbox: Sandbox, start: Start) -> None:
-    script = start("--no-browser", **sandbox.environment, PYTHONPROFILEIMPORTTIME="1")
+def test_the_authorize_url_is_printed_before_the_browser_takes_its_time(
+    browser: Browser, tmp_path: Path
+) -> None:
+    environment = {**browser.environment, **watched(tmp_path, TELL_OF_PROCESSES)}
+    with Script(environment=environment) as script, browser:
+        script.until("<subprocess.Popen>")
+        before, _, _ = script.stdout.partition("<import>")
+        assert f"\n{script.url()}\n" in before
+
+
+def test_no_browser_opens_if_it_is_not_wanted(
+    sandbox: Sandbox, start: Start, tmp_path: Path
+) -> None:
+    script = start("--no-browser", **sandbox.environment, **watched(tmp_path, TELL_OF_PROCESSES))
     log_in(script)
     assert script.status() == 0
-    assert "| subprocess" not in script.stderr
+    assert "<subprocess.Popen>" not in script.stdout
 
 
-# --- Streams, and Python's own checks -------------------------------------------------------------
+# --- Who prints -----------------------------------------------------------------------------------
+
+ONLY_THE_MAIN_THREAD_PRINTS = """
+import builtins, os, threading
+real = builtins.print
+
+def print(*words, **options):
+    if threading.current_thread() is not threading.main_thread():
+        os.write(2, b"printed by another thread\\n")
+    real(*words, **options)
+
+builtins.print = print
+"""
+
+
+def test_only_the_main_thread_prints(sandbox: Sandbox, start: Start, tmp_path: Path) -> None:
+    watcher = watched(tmp_path, ONLY_THE_MAIN_THREAD_PRINTS)
+    script = start(**sandbox.environment, **watcher)
+    callback = answer_login_page(script.url())
+    visit(callback.replace("state=", "state=foreign"))
+    script.until("old browser tab")
+    script.type("hello\n")
+    script.until("Paste the whole address")
+    visit(callback)
+    assert script.status() == 0
+    assert "another thread" not in script.stderr
+
+
+def test_lines_that_are_typed_after_the_callback_change_nothing(
+    server: OddServer, start: Start
+) -> None:
+    def login(typed: str) -> str:
+        script = start(**server.environment)
+        for path, answers in original.items():
+            server.answers[path] = [
+                lambda _, said=said: script.type(typed) or said for said in answers
+            ]
+        log_in_at(script, server)
+        assert (script.status(), script.stderr) == (0, "")
+        shown, _, after_the_callback = script.stdout.partition("4. Code for tokens")
+        assert shown
+        return after_the_callback
+
+    original = dict(server.answers)
+    assert len(STEPS) == sum(map(len, original.values()))
+    verifier = "code_verifier: "
+    with_typing, without = login("\nhello\n?code=1\n"), login("")
+    for line, expected in zip(with_typing.splitlines(), without.splitlines(), strict=True):
+        assert line == expected or verifier in line
+
+
+# --- Where the output goes ------------------------------------------------------------------------
 
 
 def test_a_broken_pipe_is_a_quiet_end(sandbox: Sandbox, environment: dict[str, str]) -> None:
@@ -188,10 +288,22 @@ def test_a_broken_pipe_is_a_quiet_end(sandbox: Sandbox, environment: dict[str, s
     assert (script.returncode, script.stderr) == (1, b"")
 
 
+@posix
+def test_a_pipe_that_breaks_in_the_middle_of_a_step_is_a_quiet_end(
+    sandbox: Sandbox, start: Start
+) -> None:
+    until_step_4 = 'while read -r line; do echo "$line"; case $line in 4.*) exit; esac; done'
+    line = f'{{ "$@"; echo "status $?" >&2; }} | {until_step_4}'
+    script = start(python=started_by(line), **sandbox.environment)
+    log_in(script)
+    script.status()
+    assert script.stderr == "status 1\n"
+
+
 @linux
 def test_a_full_disk_under_stdout_is_one_error(sandbox: Sandbox, start: Start) -> None:
     script = start(python=started_by('exec "$@" >/dev/full'), **sandbox.environment)
-    error = "Error: can't print: No space left on device. Check the output.\n"
+    error = "Error: Cannot print: No space left on device. Check where the output goes.\n"
     assert (script.status(), script.stderr) == (1, error)
 
 
@@ -200,18 +312,34 @@ def test_a_full_disk_under_stderr_keeps_back_no_answer(sandbox: Sandbox, start: 
     script = start(python=started_by('exec "$@" 2>/dev/full'), **sandbox.environment)
     callback = answer_login_page(script.url())
     assert visit(callback.replace("state=", "state=foreign")).status_code == 403
-    assert "The login came through" in visit(callback).text
+    assert "Login complete" in visit(callback).text
     assert script.status() == 0
+
+
+@linux
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"], ids=["full", "closed"])
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [(["--timeout=0.1"], 1), (["--no-such-option"], 2), (["--config=/no/such/file"], 2)],
+    ids=["login", "usage", "configuration"],
+)
+def test_the_exit_status_does_not_depend_on_stderr(
+    sandbox: Sandbox, start: Start, stderr: str, options: list[str], status: int
+) -> None:
+    variables = {} if "--config" in options[0] else sandbox.environment
+    script = start(*options, python=started_by(f'exec "$@" {stderr}'), **variables)
+    assert script.status() == status
 
 
 @posix
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_streams_that_are_closed_from_the_start_hold_nothing_up(
-    sandbox: Sandbox, start: Start, closed: str
+def test_streams_that_are_closed_from_the_start_do_not_prevent_a_login(
+    browser: Browser, closed: str
 ) -> None:
-    script = start("--timeout=0.1", python=started_by(f'exec "$@" {closed}'), **sandbox.environment)
-    assert script.status() == 1
-    assert "Traceback" not in script.stderr
+    shell = started_by(f'exec "$@" {closed}')
+    with Script(environment=browser.environment, python=shell) as script, browser:
+        assert "Login complete" in visit(answer_login_page(browser.opened_url())).text
+        assert (script.status(), script.stderr) == (0, "")
 
 
 @posix
@@ -219,7 +347,7 @@ def test_in_the_background_of_a_terminal_the_login_goes_on(sandbox: Sandbox, sta
     """A terminal stops a program there that reads from it, unless this takes care."""
     script = start(python=started_by('set -m; "$@" & wait', terminal=True), **sandbox.environment)
     log_in(script)
-    script.until("6. Refresh")
+    script.until("Done. ")
     assert "Traceback" not in script.stdout
 
 
@@ -227,6 +355,16 @@ def test_a_terminal_without_utf_8_gets_escapes(sandbox: Sandbox, start: Start) -
     script = start(**sandbox.environment, PYTHONIOENCODING="ascii")
     log_in(script)
     script.until(r"M\xfcller")
+
+
+def test_the_help_names_a_folder_with_foreign_letters_without_utf_8(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "Müller 東").mkdir()
+    monkeypatch.setattr("script.SCRIPT", shutil.copy(SCRIPT, tmp_path / "Müller 東"))
+    script = start("--help", PYTHONIOENCODING="ascii", COLUMNS="500")
+    assert (script.status(), script.stderr) == (0, "")
+    assert r"M\xfcller \u6771" in script.stdout
 
 
 def test_a_login_among_strays_causes_no_warning(sandbox: Sandbox, start: Start) -> None:
@@ -243,18 +381,16 @@ def test_a_login_among_strays_causes_no_warning(sandbox: Sandbox, start: Start) 
     assert script.stderr.count("\n") == 2  # about the wrong state
 
 
-def test_a_bug_ends_the_program_though_stdin_is_open(sandbox: Sandbox, start: Start) -> None:
-    bug = "import json, runpy, sys; json.dumps = None; del sys.argv[0]"
-    then = "runpy.run_path(sys.argv[0], run_name='__main__')"
-    script = start(python=("-c", f"{bug}; {then}"), **sandbox.environment)
-    log_in(script)
-    assert script.status() == 1
-    assert "TypeError" in script.stderr
-
-
 def test_a_time_out_causes_no_warning(sandbox: Sandbox, start: Start) -> None:
     script = start("--timeout=0.1", **sandbox.environment, **DEVELOPMENT)
     assert script.status() == 1
-    assert script.stderr.startswith("Error: No callback came in 0.1 seconds.\n")
-    assert script.stderr.endswith(f" {BROWSER_ERRORS}\n")
-    assert "the realm, third-party or\n  sipgate-apps: " in script.stderr
+    assert script.stderr.startswith("Error: No callback arrived within 0.1 seconds.\n")
+    assert "Warning" not in script.stderr
+
+
+def test_a_bug_ends_the_program_though_stdin_is_open(sandbox: Sandbox, start: Start) -> None:
+    bug = "import contextlib, runpy, sys; contextlib.suppress = None; del sys.argv[0]"
+    then = "runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = start(python=("-c", f"{bug}; {then}"), **sandbox.environment)
+    assert script.status() == 1
+    assert "TypeError" in script.stderr
