@@ -384,7 +384,7 @@ If you have no sipgate account, try the sandbox: see "Try it now" in README.md."
     for name in from_file:
         # A name is printed only if it is almost right: others may be part of a secret.
         similar = difflib.get_close_matches(name.upper(), missing, cutoff=0.9)
-        if similar and re.fullmatch("[A-Za-z_-]+", name):
+        if name not in KEYS and similar and re.fullmatch("[A-Za-z_-]+", name):
             problems.append(f"{name} is not a known key (did you mean {similar[0]}?)")
     if problems:
         raise ConfigurationError("; ".join(problems), advice)
