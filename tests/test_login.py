@@ -13,8 +13,14 @@ from odd_server import CODE, NEW_TOKENS, TOKENS, OddServer, failed_login, json_a
 from sandbox import Sandbox
 from script import PATIENCE, ROOT, SCRIPT, Script, answer_login_page, visit
 
-import sipgate_oauth
-from sipgate_oauth import code_challenge_for, describe, masked, say
+from sipgate_oauth import (
+    authorize_url,
+    code_challenge_for,
+    describe,
+    masked,
+    say,
+    warn,
+)
 
 Start = Callable[..., Script]
 
@@ -60,6 +66,21 @@ def test_state_and_challenge_are_always_new(login: Script, server: OddServer, st
     assert {it for it in first if first[it] != second[it]} == {"state", "code_challenge"}
 
 
+def test_what_a_provider_wants_beside_can_follow_in_auth_url() -> None:
+    """And a whole authorize URL that was pasted there does not change what we ask for."""
+    config = {
+        "CLIENT_ID": "ours",
+        "REDIRECT_URI": "http://localhost/oauth",
+        "OAUTH_SCOPE": "account:read",
+        "AUTH_URL": "https://host/auth?prompt=consent&client_id=old&x=1&x=2&empty=&state=old",
+    }
+    url = authorize_url(config, "our-state", "our-challenge")
+    pairs = parse_qsl(urlsplit(url).query, keep_blank_values=True)
+    assert pairs[:4] == [("prompt", "consent"), ("x", "1"), ("x", "2"), ("empty", "")]
+    assert dict(pairs[4:])["client_id"] == "ours"
+    assert [value for name, value in pairs if name == "state"] == ["our-state"]
+
+
 def test_these_requests_are_sent_and_no_others(login: Script, server: OddServer) -> None:
     config, verifier = server.environment, server.requests[0].form["code_verifier"]
     client = {"client_id": config["CLIENT_ID"], "client_secret": config["CLIENT_SECRET"]}
@@ -87,28 +108,40 @@ def test_all_requests_share_one_connection(sandbox: Sandbox, start: Start) -> No
 def test_without_a_refresh_token_the_account_is_shown(server: OddServer, start: Start) -> None:
     server.answer_at("code for tokens", json_answer({**TOKENS, "refresh_token": None}))
     script = start(**server.environment)
-    assert " sent no refresh token.\nThere is nothing to refresh: " in failed_login(script, server)
+    error = failed_login(script, server)
+    assert " sent no refresh token.\nThere is nothing to refresh: " in error
+    assert "offline_access" in error
+    assert "?prompt=consent" in error
     assert '"company": "Odd Ltd"' in script.stdout
+    assert "Done." not in script.stdout
 
 
 def test_every_message_is_shown_with_its_secrets_masked(login: Script, server: OddServer) -> None:
-    events = re.findall(r"^ *(\d\. \w+|GET|POST|200 OK|http:.+)", login.stdout, re.MULTILINE)
+    events = re.findall(r"^ *(\d\. \w+|GET|POST|200 OK|http:.+|Done)", login.stdout, re.MULTILINE)
     assert " ".join(events) == (
         f"1. Configuration 2. Authorize GET {login.url()} 3. Callback GET 4. Code POST 200 OK "
-        "5. Account GET 200 OK 6. Refresh POST 200 OK GET 200 OK"
+        "5. Account GET 200 OK 6. Refresh POST 200 OK GET 200 OK Done"
     )
     url, account = f"http://{server.host}", '   200 OK\n{\n  "company": "Müller & Co"\n}\n'
     for part in [
         f"\n\n{login.url()}\n\n3. Callback",
         f"GET {url}/auth\n      hint: a b\n      response_type: code\n      client_id: id & co\n",
-        "within 300 seconds\n   If the browser ",
+        "waiting up to 300 seconds for the browser",
         f"press Enter.\n   GET {server.environment['REDIRECT_URI']}\n      code: cBB... (13 char",
         f"POST {url}/token\n      grant_type: authorization_code\n      code: cBB... (13 char",
         '      client_secret: ...\n   200 OK\n{\n  "access_token": "aCCCC... (21 characters)",\n',
         f"GET {url}/account\n      Authorization: Bearer ... (28 characters)\n{account}6. ",
-        f"Authorization: Bear... (19 characters)\n{account}",
+        f"Authorization: Bear... (19 characters)\n{account}Done. ",
     ]:
         assert part in login.stdout
+
+
+def test_a_request_without_an_answer_is_shown(server: OddServer, start: Start) -> None:
+    server.answer_at("refresh", b"")
+    script = start(**server.environment)
+    failed_login(script, server)
+    *_, last = script.stdout.split("   POST ")
+    assert last.startswith(f"http://{server.host}/token\n      grant_type: refresh_token\n")
 
 
 def test_show_tokens_shows_the_tokens_and_no_other_secret(server: OddServer, start: Start) -> None:
@@ -145,17 +178,25 @@ def test_secrets_are_masked_by_their_names_at_every_depth() -> None:
         assert masked(value, name, True) == (value if name.endswith("oken") else shown)
 
 
-def test_what_could_steer_a_terminal_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
-    say("Köln 東京 \\", "", "\x1b[31m\r\n\t\x9b\xa0\u202e\u2028\ud800\U000e0001")
+@pytest.mark.parametrize("show", [say, warn])
+def test_what_could_steer_a_terminal_is_escaped(
+    capsys: pytest.CaptureFixture[str], show: Callable[..., None]
+) -> None:
+    show("Köln 東京 \\", "", "\x1b[31m\r\n\t\x9b\xa0\u202e\u2028\ud800\U000e0001")
     escaped = r"\u001b[31m\r\n\t\u009b\u00a0\u202e\u2028\ud800\udb40\udc01"
-    assert capsys.readouterr() == ("Köln 東京 \\\n\n" + escaped + "\n", "")
+    printed = f"Köln 東京 \\\n\n{escaped}\n"
+    assert capsys.readouterr() == ((printed, "") if show == say else ("", printed))
 
 
 def test_an_error_is_described_in_the_words_of_the_server() -> None:
-    assert describe({"error": "a", "error_description": "b."}) == "a: b"
-    assert describe({"error": "", "error_description": "b", "error_uri": "c"}) == "b"
-    assert describe({"error": "x" * 501}) == "x" * 500
-    assert describe({"error": {"code": 5}, "message": "b"}) == "see above"
+    for said, described in [
+        ({"error": "a", "error_description": "b."}, "a: b"),
+        ({"error": "", "error_description": "b", "error_uri": "c"}, "b"),
+        ({"message": "token is required", "url": "c"}, "token is required"),
+        ({"error": "x" * 501}, "x" * 500),
+        ({"error": {"code": 5}, "error_description": None}, ""),
+    ]:
+        assert describe(said) == described
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone that git knows about")
@@ -172,12 +213,3 @@ def test_uv_run_gets_what_requirements_txt_lists() -> None:
     block = SCRIPT.read_text(encoding="utf-8").partition("# ///\n")[0]
     listed = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
     assert re.findall('"(.+?)"', block) == [">=3.10", *listed]
-
-
-def test_the_docstring_lists_the_sections_and_the_steps_that_are_printed() -> None:
-    source, contents = SCRIPT.read_text(encoding="utf-8"), sipgate_oauth.__doc__ or ""
-    steps = re.findall(r"^(\d\. .+?)  +(\w+)  ", contents, re.MULTILINE)
-    assert re.findall(r'say\(f?"(\d\. .+?):', source) == [step for step, _ in steps]
-    for step, function in steps:
-        section = source.partition(f"\n# --- {step} -")[2].partition("\n# ---")[0]
-        assert f"\ndef {function}(" in section
