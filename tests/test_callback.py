@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from unittest.mock import Mock
 from urllib.parse import urlsplit
 
@@ -420,7 +421,7 @@ def test_after_a_while_errors_in_the_browser_are_explained_once(
     assert program.HINT_AFTER == 30  # seconds
     monkeypatch.setattr(program, "HINT_AFTER", 0.01)
     with pytest.raises(LoginError, match=r"No callback arrived within 0\.1 seconds"):
-        wait_for_callback(program.queue.SimpleQueue(), 0.1)
+        wait_for_callback(SimpleQueue(), 0.1)
     assert capsys.readouterr() == ("", f"{program.BROWSER_ERRORS}\n")
 
 
@@ -438,7 +439,7 @@ def test_without_a_callback_the_wait_ends_and_errors_in_the_browser_are_explaine
 def test_a_flood_of_notices_does_not_extend_the_wait(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    events: program.Events = program.queue.SimpleQueue()
+    events: program.Events = SimpleQueue()
     monkeypatch.setattr(program, "warn", lambda *lines: events.put("and another"))
     events.put("a notice")
     with pytest.raises(LoginError, match="No callback"):

@@ -6,6 +6,7 @@ import subprocess
 import threading
 from base64 import urlsafe_b64decode
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
@@ -189,13 +190,14 @@ def test_what_could_steer_a_terminal_is_escaped(
 
 
 def test_an_error_is_described_in_the_words_of_the_server() -> None:
-    for said, described in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"error": "a", "error_description": "b."}, "a: b"),
         ({"error": "", "error_description": "b", "error_uri": "c"}, "b"),
         ({"message": "token is required", "url": "c"}, "token is required"),
         ({"error": "x" * 501}, "x" * 500),
         ({"error": {"code": 5}, "error_description": None}, ""),
-    ]:
+    ]
+    for said, described in cases:
         assert describe(said) == described
 
 

@@ -5,8 +5,10 @@ import io
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +17,6 @@ import requests
 from sandbox import Sandbox
 from script import PATIENCE, Script, answer_login_page, log_in, visit
 
-import sipgate_oauth as program
 from sipgate_oauth import FOREIGN_STATE, Events, check_callback, read_pasted
 
 Start = Callable[..., Script]
@@ -62,7 +63,7 @@ TOO_MANY = "None of 20 lines was the address. No more lines are read."
 
 def read_from(stdin: Any) -> list[str]:
     """Let read_pasted read a stream to its end, and return what it tells, and the codes."""
-    events: Events = program.queue.SimpleQueue()
+    events: Events = SimpleQueue()
     with patch.object(sys, "stdin", stdin):
         read_pasted(lambda query: check_callback(query, "our-state"), events)
     heard = [events.get() for _ in range(events.qsize())]
@@ -122,7 +123,7 @@ def test_a_stdin_that_cannot_be_read_is_tried_again() -> None:
     """As when the program goes to the background of a terminal, and comes back."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)  # so reading fails while there is nothing to read
-    type_it = patch.object(program.time, "sleep", lambda _: os.write(writer, ADDRESS + b"\n"))
+    type_it = patch.object(time, "sleep", lambda _: os.write(writer, ADDRESS + b"\n"))
     with open(reader) as stdin, open(writer, "wb"), type_it:
         assert read_from(stdin) == ["a-code"]
 

@@ -151,7 +151,7 @@ def test_an_old_tab_is_refused_and_a_new_one_logs_in(begin: Begin, page: Page) -
     consent(page)
     expect_title(page, "Login complete")
     assert script.status() == 0
-    assert "old tab" in script.stderr
+    assert "old browser tab" in script.stderr
 
 
 def test_the_address_can_be_pasted_if_the_browser_makes_it_https(
