@@ -4,13 +4,14 @@
 # ///
 """Log in to sipgate with OAuth 2.0, show the account, and refresh the tokens.
 
-The login is an authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 7636). The browser
-returns to this program through the loopback interface (RFC 8252, section 7.3). The function log_in
-takes six steps. Each step has a section of its own; the machinery follows after the last step.
+The login is an authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 7636). The login
+server redirects the user's browser to a small web server in this program, which listens on the
+loopback interface (RFC 8252, section 7.3). The function log_in takes six steps. Each step has a
+section of its own, and the supporting code comes after the last step.
 
-1. Configuration    load_config     which client this is, and where sipgate's servers are
-2. Authorize URL    authorize_url   where the user logs in, in the browser
-3. Callback         check_callback  the browser returns with an authorization code
+1. Configuration    load_config     the client (this program, as sipgate knows it) and the servers
+2. Authorize URL    authorize_url   where the user logs in with the browser
+3. Callback         check_callback  the browser comes back with an authorization code
 4. Code for tokens  exchange_code   the code is exchanged for an access and a refresh token
 5. Account          get_account     the access token gives access to the API
 6. Refresh          refresh_tokens  the refresh token is exchanged for a new pair of tokens
@@ -53,18 +54,19 @@ try:
     import requests
     from dotenv import dotenv_values
 except ImportError as missing:
-    sys.exit(f'Error: {missing}.\nSee "Run it" in README.md, or: uv run sipgate_oauth.py')
+    advice = 'Install the packages: see "Run it" in README.md. Or use: uv run sipgate_oauth.py'
+    sys.exit(f"Error: {missing}.\n{advice}")
 
 
 def log_in(options: argparse.Namespace) -> None:
-    """Take the six steps, and print what happens. Raises LoginError."""
+    """Take the six steps and print what happens. Raises LoginError."""
     config, overridden = load_config(Path(os.path.expanduser(options.config)))
     say(f"1. Configuration: client {config['CLIENT_ID']}, scope {config['OAUTH_SCOPE']}")
     if overridden:
         say(f"   Overridden by environment variables: {', '.join(overridden)}")
 
-    # Both are new for each login and cannot be guessed: 256 random bits (RFC 6749, section 10.10;
-    # RFC 7636, section 7.1). The state comes back in step 3, the code verifier is sent in step 4.
+    # The state and the code verifier are new for each login, and have 256 random bits each (RFC
+    # 6749, section 10.10; RFC 7636, section 7.1). A web application keeps them for each user.
     state = secrets.token_urlsafe(32)
     code_verifier = secrets.token_urlsafe(32)
     url = authorize_url(config, state, code_challenge_for(code_verifier))
@@ -72,7 +74,7 @@ def log_in(options: argparse.Namespace) -> None:
     def check(query: str) -> dict[str, str]:
         return check_callback(query, state)
 
-    # From here on, the browser can return. Each request that arrives has to pass the check.
+    # From here on, the browser can come back. Only a callback that passes the check ends the wait.
     with listen_for_callback(config["REDIRECT_URI"], check) as events:
         say("2. Authorize URL: open it in your browser and log in")
         show_request("GET", url)
@@ -80,14 +82,14 @@ def log_in(options: argparse.Namespace) -> None:
         if not options.no_browser:
             open_browser(url)
 
-        say(f"3. Callback: waiting up to {options.timeout:g} seconds for the browser to return")
-        say("   If the browser does not show the result of the login, copy the address that it")
-        say("   shows, paste it here, and press Enter.")
+        say(f"3. Callback: waiting up to {options.timeout:g} seconds for the browser to come back")
+        say("   If the browser shows an error after you have logged in, copy the URL from its")
+        say("   address bar, paste it here, and press Enter.")
         callback = wait_for_callback(events, options.timeout)
     show_request("GET", config["REDIRECT_URI"], callback)
     code = code_from_callback(callback)
 
-    # The steps take any requests.Session. This one also shows what is sent and received.
+    # Steps 4 to 6 accept any requests.Session. This one also prints what is sent and received.
     with PrintingSession(options.show_tokens) as session:
         say("4. Code for tokens: the code is exchanged for an access token and a refresh token")
         tokens = exchange_code(session, config, code, code_verifier)
@@ -95,12 +97,13 @@ def log_in(options: argparse.Namespace) -> None:
         say("5. Account: the access token gives access to the API")
         get_account(session, config, tokens["access_token"])
 
-        # Done here only to show it. In your own program, refresh before expires_in seconds have
-        # passed, and store the new tokens before you do anything else.
+        # The first access token is still valid, so this refresh is only a demonstration. In your
+        # own program, refresh shortly before the token expires (after expires_in seconds, as the
+        # response says), and store the new tokens at once, because the old ones stop working.
         say("6. Refresh: the refresh token is exchanged for a new pair of tokens")
         tokens = refresh_tokens(session, config, tokens)
         get_account(session, config, tokens["access_token"])
-    say("Done. The login and the refresh worked: each access token gave access to the account.")
+    say("Done: the login and the refresh worked, and the API accepted both access tokens.")
 
 
 # --- 1. Configuration -----------------------------------------------------------------------------
@@ -115,7 +118,7 @@ def load_config(path: Path) -> tuple[Config, list[str]]:
 
     path: a file of KEY=value lines like config.example.env; it may be missing
     Returns the values by key, and a list of the keys whose value in the file was overridden.
-    Raises ConfigurationError, which names every key whose value is missing or cannot work.
+    Raises ConfigurationError (a LoginError), which names every key with a missing or wrong value.
     """
     from_file: Mapping[str, str | None] = {}
     try:
@@ -125,7 +128,7 @@ def load_config(path: Path) -> tuple[Config, list[str]]:
     except FileNotFoundError:
         pass  # The environment may have all the values.
     except (OSError, UnicodeError) as error:
-        advice = f"{path} must be a UTF-8 text file of KEY=value lines, like config.example.env."
+        advice = f"{path} must be a readable UTF-8 text file, like config.example.env."
         raise ConfigurationError(f"Cannot read the configuration: {error}", advice) from error
 
     config = {key: os.environ.get(key, from_file.get(key)) or "" for key in KEYS}
@@ -140,22 +143,25 @@ def load_config(path: Path) -> tuple[Config, list[str]]:
 def authorize_url(config: Config, state: str, code_challenge: str) -> str:
     """Return the URL that the user opens to log in (RFC 6749, section 4.1.1).
 
-    Whatever else a login server needs can follow a ? in AUTH_URL, for example prompt=consent.
+    Further parameters, such as prompt=consent, may follow a ? in AUTH_URL. Those below take
+    precedence over them.
     """
     parameters = {
-        # Request a code. A token here would stay in the browser's history (RFC 9700, 2.1.2).
+        # Ask for a code. A token would come back in a URL, and could be used by everyone who finds
+        # it in a history or a log. A code alone is worthless (RFC 9700, section 2.1.2).
         "response_type": "code",
-        # Which program asks for access. Not the client secret: the user can see this URL.
+        # Which program asks. The client secret must not be here: everyone can see this URL.
         "client_id": config["CLIENT_ID"],
-        # Where the browser returns to. The client has to have registered exactly this URI.
+        # Where to send the browser with the code. Exactly this URI must be registered for the
+        # client, so that nobody else can have the code sent to an address of their own.
         "redirect_uri": config["REDIRECT_URI"],
-        # What the program wants to be allowed to do. The user is asked to agree.
+        # What the program asks to be allowed to do. The user has to agree.
         "scope": config["OAUTH_SCOPE"],
-        # Comes back in the callback, and shows that the callback belongs to this login.
+        # Comes back in the callback, and shows that it belongs to this login: see check_callback.
         "state": state,
-        # Ties the code to this login: only who knows the code verifier can exchange it in step 4.
+        # A hash of the code verifier. Only a program that knows the verifier can use the code.
         "code_challenge": code_challenge,
-        # How the challenge was computed. The alternative, "plain", would reveal the verifier.
+        # How it was hashed. The alternative, "plain", would put the verifier into this URL.
         "code_challenge_method": "S256",
     }
     address, _, query = config["AUTH_URL"].partition("?")
@@ -166,7 +172,7 @@ def authorize_url(config: Config, state: str, code_challenge: str) -> str:
 
 
 def code_challenge_for(code_verifier: str) -> str:
-    """Return the S256 code challenge, a hash of the code verifier (RFC 7636, section 4.2)."""
+    """Return the S256 code challenge of a code verifier (RFC 7636, section 4.2)."""
     digest = hashlib.sha256(code_verifier.encode("ascii")).digest()
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode("ascii")
 
@@ -177,21 +183,21 @@ def code_challenge_for(code_verifier: str) -> str:
 def check_callback(query: str, state: str) -> dict[str, str]:
     """Return the parameters of the callback: a code or an error (RFC 6749, section 4.1.2).
 
-    query: the part of the callback's address after the ?
+    query: the part of the callback's URL after the ?
     state: the state in the authorize URL
     Raises CallbackRefused if this is not the callback of our login.
     """
-    # An empty parameter counts as missing, and none may be repeated (RFC 6749, section 3.1).
+    # An empty parameter counts as missing, and none may appear twice (RFC 6749, section 3.1).
     pairs = parse_qsl(query, keep_blank_values=True)
     parameters = {name: value for name, value in pairs if value}
     if len({name for name, _ in pairs}) < len(pairs):
-        raise CallbackRefused(400, "The address contains a parameter more than once.")
+        raise CallbackRefused(400, "The URL contains a parameter more than once.")
     if not parameters.keys() & {"code", "error", "state"}:
         raise CallbackRefused(400, "This is not a login response.")
 
-    # Any web page can send the browser here with a code, for example to log you in to somebody
-    # else's account. But no web page knows our state (RFC 6749, section 10.12). The comparison
-    # takes the same time for every guess. It is given bytes, because it accepts only ASCII text.
+    # Any web page can send the browser here with a code, for example to log you in to the account
+    # of an attacker. But no web page knows our state (RFC 6749, section 10.12). The comparison
+    # takes the same time for every guess. It compares bytes, because it rejects non-ASCII text.
     received = parameters.get("state", "")
     if not state or not secrets.compare_digest(received.encode(), state.encode()):
         raise StateMismatch(403, FOREIGN_STATE)
@@ -199,7 +205,7 @@ def check_callback(query: str, state: str) -> dict[str, str]:
     has_code = "code" in parameters
     has_error = "error" in parameters
     if has_code == has_error:  # both or neither
-        raise CallbackRefused(400, "The address must contain either a code or an error.")
+        raise CallbackRefused(400, "The URL must contain either a code or an error.")
     return parameters
 
 
@@ -207,10 +213,8 @@ def code_from_callback(callback: dict[str, str]) -> str:
     """Return the authorization code. Raises LoginError if the callback has an error instead."""
     if "error" in callback:
         error = callback["error"]
-        advice = ADVICE.get(
-            error, "Start again. If this happens again, ask the login server's support."
-        )
-        raise LoginError(f"The login was refused: {describe(callback)}", advice, error)
+        advice = ADVICE.get(error, "Start again. If this happens again, contact the provider.")
+        raise LoginError(f"The login failed: {describe(callback)}", advice, error)
     return callback["code"]
 
 
@@ -224,20 +228,22 @@ def exchange_code(
 ) -> Tokens:
     """Exchange the authorization code for tokens (RFC 6749, section 4.1.3).
 
-    session: not to be shared by several users, because it keeps the cookies of the login server
+    session: one per user, because it keeps the cookies of the login server
     Raises LoginError.
     """
     form = {
+        # What the client exchanges for tokens: here, a code; in step 6, a refresh token.
         "grant_type": "authorization_code",
-        # The code can be used once, and expires within about a minute.
+        # Stands for the permission of the user. It works only once, and expires within a minute.
         "code": code,
-        # Shows that this program began the login. A stolen code is worthless without it.
+        # Fits the code challenge, and so proves that this program began the login.
         "code_verifier": code_verifier,
-        # Must be the one in the authorize URL. The browser does not go there again.
+        # Is compared with the one in the authorize URL, for which the code was issued.
         "redirect_uri": config["REDIRECT_URI"],
+        # Identifies the client. Everyone can know it, so it proves nothing.
         "client_id": config["CLIENT_ID"],
-        # Shows that this is the client, which the id alone would not: everybody can see the id.
-        # Never put a secret into a program that you give to others (RFC 8252, section 8.5).
+        # Proves that this is the client. A program that you give to others must not contain a
+        # secret (RFC 8252, section 8.5). Register it as a public client, which has none.
         "client_secret": config["CLIENT_SECRET"],
     }
     return request_tokens(session, config, form)
@@ -249,9 +255,10 @@ def exchange_code(
 def get_account(session: requests.Session, config: Config, access_token: str) -> Any:
     """Return the account, or whatever JSON TEST_API_ENDPOINT sends. Raises LoginError.
 
-    If the `error` of the LoginError is "invalid_token", refresh the tokens, and try again once.
+    If the `error` of the LoginError is "invalid_token", refresh the tokens and try again once.
     """
-    # A header, because addresses end up in logs (RFC 6750, sections 2.1 and 2.3).
+    # Bearer: the API lets in whoever has this token. That is why it goes into a header and not
+    # into the URL, because URLs end up in logs (RFC 6750, sections 2.1 and 2.3).
     headers = {"Authorization": f"Bearer {access_token}"}
     statuses = {401: "invalid_token", 403: "insufficient_scope"}  # RFC 6750, section 3.1
     return request_json(
@@ -263,7 +270,7 @@ def get_account(session: requests.Session, config: Config, access_token: str) ->
 
 
 def refresh_tokens(session: requests.Session, config: Config, tokens: Tokens) -> Tokens:
-    """Exchange the refresh token for new tokens, without the user (RFC 6749, section 6).
+    """Exchange the refresh token for new tokens, without user interaction (RFC 6749, section 6).
 
     tokens: the latest response of the token endpoint
     Raises LoginError. If its `error` is "invalid_grant", the user has to log in again.
@@ -275,11 +282,11 @@ def refresh_tokens(session: requests.Session, config: Config, tokens: Tokens) ->
         )
     form = {
         "grant_type": "refresh_token",
-        # sipgate invalidates the old tokens and rotates this one: it can be used only once. If a
-        # thief uses it as well, one of the two is refused (RFC 9700, section 4.14.2).
+        # sipgate rotates refresh tokens: each works once, and the response has a new one. If a
+        # thief uses it too, whoever comes second is refused (RFC 9700, section 4.14.2).
         "refresh_token": old,
-        # A stolen refresh token is worthless without the secret.
         "client_id": config["CLIENT_ID"],
+        # A thief of the refresh token would need this as well.
         "client_secret": config["CLIENT_SECRET"],
     }
     new_tokens = request_tokens(session, config, form)
@@ -293,11 +300,11 @@ def refresh_tokens(session: requests.Session, config: Config, tokens: Tokens) ->
 
 @dataclass(eq=False)
 class LoginError(Exception):
-    """The login cannot go on."""
+    """The login cannot continue."""
 
     what: str  # what happened, and where
     advice: str  # what to do next
-    error: str = ""  # the code of RFC 6749, sections 4.1.2.1 and 5.2, or RFC 6750, section 3.1
+    error: str = ""  # the error code (RFC 6749, sections 4.1.2.1, 5.2; RFC 6750, section 3.1)
 
 
 class ConfigurationError(LoginError):
@@ -317,62 +324,66 @@ class StateMismatch(CallbackRefused):
 
 
 FOREIGN_STATE = "State in the callback does not match the state in the original request."
-REFUSED = "You or the login server refused access. To continue, start again and allow the access."
+OLD_TAB = "If you used an old browser tab, open the URL above instead."
+STILL_WAITING = "The terminal is still waiting for the login. Open the URL that it shows."
+CANNOT_ASK = "The login server has to ask you: remove prompt=none from AUTH_URL and start again."
 CHECK_CLIENT = """Check CLIENT_ID and CLIENT_SECRET. If they are right, the login server may accept
 them only in a header: see "Another provider" in README.md."""
-# For the error codes of OAuth and OpenID Connect.
+# Advice by error code, of OAuth and of OpenID Connect
 ADVICE = {
-    "access_denied": REFUSED,
-    "consent_required": REFUSED,
-    "interaction_required": REFUSED,
-    "login_required": REFUSED,
+    "access_denied": "Access was refused. To continue, start again and allow access.",
+    "consent_required": CANNOT_ASK,
+    "interaction_required": CANNOT_ASK,
+    "login_required": CANNOT_ASK,
     "insufficient_scope": """Check OAUTH_SCOPE: it must contain the scope that TEST_API_ENDPOINT
 requires. For the account at sipgate, this is account:read.""",
     "invalid_client": CHECK_CLIENT,
-    "invalid_grant": "The code or the refresh token has expired or was already used. Start again.",
+    "invalid_grant": """The code or the refresh token is wrong, has expired, or was already used.
+Start again.""",
     "invalid_scope": """Check OAUTH_SCOPE: it may contain only scopes that the login server knows,
 separated by spaces.""",
     "invalid_token": """The access token has expired, was revoked, or is not meant for this API.
-Check TEST_API_ENDPOINT, and start again.""",
+Check TEST_API_ENDPOINT and start again.""",
     "unauthorized_client": CHECK_CLIENT,
 }
-# For all other errors, by the key of the endpoint.
+# Advice on all other errors, by the key of the endpoint
 CHECK = {
-    "TOKEN_URL": """Check TOKEN_URL: the realm in it must be the one of your client (third-party or
-sipgate-apps), and it must not be AUTH_URL. If it is right, try again later.""",
+    "TOKEN_URL": """Check TOKEN_URL: it must not be the same as AUTH_URL. At sipgate, it contains
+the realm of your client (sipgate-apps or third-party). If it is right, try again later.""",
     "TEST_API_ENDPOINT": "Check TEST_API_ENDPOINT. If it is right, try again later.",
 }
-NO_RESPONSE = """Try again. If this happens again, check {} and the network, and those of these
-environment variables that are set: HTTPS_PROXY, ALL_PROXY (SOCKS requires the package PySocks),
+NO_RESPONSE = """Try again. If this happens again, check {} and the network, and any of these
+environment variables that you have set: HTTPS_PROXY, ALL_PROXY (for SOCKS, install PySocks),
 REQUESTS_CA_BUNDLE (the certificates of a company's proxy), SSLKEYLOGFILE."""
 NO_REFRESH_TOKEN = """There is nothing to refresh: log in again when the access token has expired.
-Some login servers send a refresh token if you add offline_access to OAUTH_SCOPE, and others if
-you also add ?prompt=consent to the end of AUTH_URL."""
-OTHER_PORT = """Stop the program that uses this port. Or choose another port above 1023 in
-REDIRECT_URI (without a port, it is 80), and add the new URI to your client."""
-BROWSER_ERRORS = """If the browser shows an error, check CLIENT_ID, REDIRECT_URI and OAUTH_SCOPE:
+Some login servers send a refresh token if you add offline_access to OAUTH_SCOPE. Others also need
+?prompt=consent at the end of AUTH_URL."""
+OTHER_PORT = """Stop the program that uses this port. Or put another port above 1023 into
+REDIRECT_URI (without one, it is 80), and register the new URI for your client."""
+BROWSER_ERRORS = """If the browser shows an error:
 - "Client not found": check CLIENT_ID, and the realm in AUTH_URL and TOKEN_URL. The console shows
-  whether your client is in third-party or in sipgate-apps.
+  whether your client is in sipgate-apps or in third-party.
 - "Invalid parameter: redirect_uri": add REDIRECT_URI to your client at console.sipgate.com.
-- "405" or "Method Not Allowed": AUTH_URL and TOKEN_URL may be mixed up."""
+- "405" or "Method Not Allowed": AUTH_URL and TOKEN_URL may be mixed up.
+- Any other error: check CLIENT_ID, REDIRECT_URI and OAUTH_SCOPE."""
 
 
 # --- Checks of the configuration ------------------------------------------------------------------
 
-# Where this computer talks to itself. A browser may use either address for localhost.
+# The loopback addresses of each host. A browser may use either address for localhost.
 LOOPBACK = {"localhost": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"], "::1": ["::1"]}
 
 
 def check_config(config: Config, from_file: Mapping[str, str | None], path: Path) -> None:
-    """Raise ConfigurationError if a value is missing or cannot work."""
-    missing = [key for key in KEYS if config[key].strip() in ("", f"YOUR_{key}")]
+    """Raise ConfigurationError if a value is missing or wrong."""
+    missing = [key for key in KEYS if not config[key].strip() or "YOUR_" in config[key]]
     if missing and not path.exists():
         problems = [f"There is no {path}, and the environment lacks {', '.join(missing)}"]
-        advice = f"""Copy config.example.env to {path}, and fill it in.
+        advice = f"""Copy config.example.env to {path} and fill it in.
 If you have no sipgate account, try the sandbox: see "Try it now" in README.md."""
-        # Windows hides the ending .txt. Others fill in the example itself.
+        # Windows hides the extension .txt. Some users fill in the example itself.
         for other in (path.with_name(f"{path.name}.txt"), path.with_name("config.example.env")):
-            if other.is_file() and "YOUR_CLIENT" not in other.read_text(errors="replace"):
+            if other.is_file() and "YOUR_" not in other.read_text(errors="replace"):
                 advice = f"Rename {other} to {path.name}."
     else:
         problems = [f"{key} is missing or not filled in" for key in missing]
@@ -382,7 +393,7 @@ If you have no sipgate account, try the sandbox: see "Try it now" in README.md."
         if problem:
             problems.append(f"{key} {problem}")
     for name in from_file:
-        # A name is printed only if it is almost right: others may be part of a secret.
+        # An unknown name is printed only if it is almost right: it may be a part of a secret.
         similar = difflib.get_close_matches(name.upper(), missing, cutoff=0.9)
         if name not in KEYS and similar and re.fullmatch("[A-Za-z_-]+", name):
             problems.append(f"{name} is not a known key (did you mean {similar[0]}?)")
@@ -391,11 +402,11 @@ If you have no sipgate account, try the sandbox: see "Try it now" in README.md."
 
 
 def problem_with(key: str, value: str) -> str:
-    """Return why the value of a key cannot work, or an empty string if it can."""
+    """Return what is wrong with the value of a key, or an empty string."""
     if value != value.strip() or not value.isprintable():
         return "begins or ends with a space, or contains an invisible character"
     if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
-        return "contains the quotation marks around it: remove them"
+        return "is enclosed in quotation marks: remove them"
     if key in CLIENT_KEYS:
         return ""
     try:
@@ -405,7 +416,7 @@ def problem_with(key: str, value: str) -> str:
         is_url = False
     if not is_url or not value.isascii() or set(value) & set(' #\\"<>^`{|}') or "@" in uri.netloc:
         example = "http://localhost:8080/oauth" if key == "REDIRECT_URI" else "https://host/path"
-        return f"is not a URL like {example}"
+        return f"is not a URL like {example} (without spaces, user name, or #)"
     if uri.scheme == "http" and uri.hostname not in LOOPBACK:
         return "must begin with https, because http would send secrets unencrypted"
     return ""
@@ -415,13 +426,13 @@ def problem_with(key: str, value: str) -> str:
 
 
 def request_tokens(session: requests.Session, config: Config, form: dict[str, str]) -> Tokens:
-    """Send a form to the token endpoint, and return its response.
+    """Send a form to the token endpoint and return its response.
 
-    The `scope` in it may be less than what was requested (RFC 6749, section 5.1).
+    The `scope` in it may be narrower than the requested one (RFC 6749, section 5.1): compare them.
     Raises LoginError, also if the token is not a bearer token (RFC 6749, section 7.1).
     """
-    # RFC 6749, section 2.3.1, prefers the id and the secret in a header (HTTP Basic). sipgate
-    # documents them as a part of the form.
+    # RFC 6749, section 2.3.1, recommends sending the client ID and the secret in a header (HTTP
+    # Basic). sipgate documents them in the form.
     response = request_json(session, "POST", config, "TOKEN_URL", form=form)
     tokens: Tokens = response if isinstance(response, dict) else {}
     host = urlsplit(config["TOKEN_URL"]).netloc
@@ -429,7 +440,7 @@ def request_tokens(session: requests.Session, config: Config, form: dict[str, st
         if not tokens.get(name) or not isinstance(tokens[name], str):
             raise LoginError(f"{host} sent no {name}", CHECK["TOKEN_URL"])
     if tokens["token_type"].lower() != "bearer":
-        raise LoginError(f"{host} sent no bearer token", CHECK["TOKEN_URL"])
+        raise LoginError(f"{host} sent a token that is not a bearer token", CHECK["TOKEN_URL"])
     return tokens
 
 
@@ -442,10 +453,10 @@ def request_json(
     headers: Mapping[str, str] = {},
     statuses: Mapping[int, str] = {},
 ) -> Any:
-    """Send a request, and return the JSON object or list in the response. Raises LoginError.
+    """Send a request and return the JSON object or list in the response. Raises LoginError.
 
     key: the key of the endpoint in the configuration
-    statuses: the HTTP statuses that mean an OAuth error at this endpoint
+    statuses: the OAuth error code for each HTTP status that stands for one at this endpoint
     """
     host = urlsplit(config[key]).netloc
     try:
@@ -453,16 +464,16 @@ def request_json(
             method,
             config[key],
             data=form,
-            # Without Accept, some servers send a form instead of JSON.
+            # Without Accept, some servers respond with a form instead of JSON.
             headers={"Accept": "application/json", **headers},
-            # Without auth, requests would replace our header with a password from ~/.netrc.
+            # Without auth, requests would replace our Authorization by a password from ~/.netrc.
             auth=lambda request: request,
             timeout=10,  # seconds to connect, and seconds of silence during the response
             allow_redirects=False,  # the secrets are meant for this URL only
             proxies={"http": ""},  # plain http stays on this computer: see problem_with
         )
-    except Exception as failure:  # a bad proxy or response raises more than RequestException
-        what = f"{host} sent no usable response: {reason_of(failure)}"
+    except Exception as failure:  # bad proxies and responses raise more than RequestException
+        what = f"The request to {host} failed: {reason_of(failure)}"
         raise LoginError(what, NO_RESPONSE.format(key)) from failure
 
     try:
@@ -470,27 +481,29 @@ def request_json(
     except (ValueError, RecursionError):
         content = None
     details = content if isinstance(content, dict) else {}
-    is_success = response.status_code // 100 == 2 and isinstance(content, (dict, list))
-    if is_success and not details.get("error"):
+    succeeded = response.status_code // 100 == 2
+    if succeeded and isinstance(content, (dict, list)) and not details.get("error"):
         return content
 
     # Some servers explain an error only in a header (RFC 6750, section 3).
     header = response.headers.get("WWW-Authenticate", "")
     challenge = dict(re.findall(r'(\w+)="([^"]*)"', header))
-    reason = describe(details) or describe(challenge)
     code = challenge.get("error") or statuses.get(response.status_code) or details.get("error")
+    reason = describe(details) or describe(challenge)
     if response.is_redirect:
-        reason = "redirects are not followed, so that no secret goes to another address"
         code = None
+        reason = "redirects are not followed, so that no secret is sent to another address"
     elif content is None and response.content and not challenge:
-        reason = "this is not JSON; perhaps a firewall or a proxy answered"
         code = None
-    what = f"{host} responded {status_line(response)}: {reason}".rstrip(": ")
+        reason = "the response is not JSON; it may come from a firewall or a proxy"
+    elif not reason:
+        reason = "the response has no JSON" if succeeded else "the response gives no reason"
+    what = f"{host} responded with {status_line(response)}: {reason}"
     raise LoginError(what, ADVICE.get(str(code), CHECK[key]), str(code or ""))
 
 
 def status_line(response: requests.Response) -> str:
-    """Return the status and its phrase. Servers may send a phrase of their own, or none."""
+    """Return the status code and a reason phrase, which the server may have left out."""
     phrase = response.reason or http.client.responses.get(response.status_code, "")
     return f"{response.status_code} {phrase[:100]}".rstrip()
 
@@ -502,8 +515,8 @@ def describe(parameters: Mapping[str, Any]) -> str:
 
 
 def reason_of(failure: BaseException) -> str:
-    """Return why a request failed. Only the system and TLS are quoted: other messages may contain
-    a secret, such as the password of a proxy."""
+    """Return why a request failed. Only messages of the operating system and TLS are quoted: others
+    may contain a secret, such as the password of a proxy."""
     while failure.__context__:
         failure = failure.__context__
     if isinstance(failure, OSError) and not isinstance(failure, requests.RequestException):
@@ -515,25 +528,24 @@ def reason_of(failure: BaseException) -> str:
 
 Callback = dict[str, str]  # what check_callback returns
 Check = Callable[[str], Callback]
-# What happens during the wait: a callback of this login, one of another, or a text for the user.
+# What happens during the wait: our callback, one with another state, or a text for the user
 Events = queue.SimpleQueue[Callback | StateMismatch | str]
 PAGE = "<!DOCTYPE html><title>Login</title><h1>%(message)s</h1><p>%(explain)s</p>"
-STILL_WAITING = "The terminal is still waiting for the login."
 HINT_AFTER = 30  # seconds without a callback
 
 
 @contextlib.contextmanager
 def listen_for_callback(redirect_uri: str, check: Check) -> Iterator[Events]:
-    """Listen at the redirect URI, and for pasted addresses, until the end of the `with` block.
+    """Serve the redirect URI until the end of the `with` block, and read pasted URLs from stdin.
 
-    check: returns the callback, given the part of its address after the ?; see check_callback
-    Yields the queue of events. Raises ConfigurationError if this program cannot answer at the
-    redirect URI, and LoginError if the port is not available.
+    check: returns the callback, given the part of a URL after the ?, or raises CallbackRefused
+    Yields the queue of events. Raises ConfigurationError if this program cannot serve the redirect
+    URI, and LoginError if the port is not available.
     """
     uri = urlsplit(redirect_uri)
     if uri.scheme != "http" or uri.hostname not in LOOPBACK:
-        what = f"This program cannot listen at REDIRECT_URI ({redirect_uri})"
-        advice = "Use http, not https, and this computer, as in http://localhost:8080/oauth."
+        what = f"This program cannot serve the REDIRECT_URI {redirect_uri}"
+        advice = "Use http, not https, and a loopback host, as in http://localhost:8080/oauth."
         raise ConfigurationError(what, advice)
     events: Events = queue.SimpleQueue()
     with contextlib.ExitStack() as at_the_end:
@@ -551,14 +563,14 @@ def listen_for_callback(redirect_uri: str, check: Check) -> Iterator[Events]:
                 what = f"Cannot listen on port {uri.port or 80} of {address}: {error.strerror}"
                 raise LoginError(what, OTHER_PORT) from error
             at_the_end.enter_context(server)  # closes the port
-            start_thread(server.serve_forever, 0.01)  # seconds until it notices shutdown
+            start_thread(server.serve_forever, 0.01)  # seconds between checks for shutdown
             at_the_end.callback(server.shutdown)
         start_thread(read_pasted, check, events)
         yield events
 
 
 def start_thread(target: Callable[..., None], *arguments: Any) -> None:
-    """Run a function in a thread that the program does not wait for at its end."""
+    """Run a function in a thread that does not keep the program from ending. Raises LoginError."""
     try:
         threading.Thread(target=target, args=arguments, daemon=True).start()
     except RuntimeError as error:
@@ -567,7 +579,7 @@ def start_thread(target: Callable[..., None], *arguments: Any) -> None:
 
 
 def wait_for_callback(events: Events, timeout: float) -> Callback:
-    """Return the first callback, and print the notices that arrive before it.
+    """Return the first callback, and print what the user should know before it arrives.
 
     timeout: seconds. Raises LoginError if there is no callback by then.
     """
@@ -578,7 +590,7 @@ def wait_for_callback(events: Events, timeout: float) -> Callback:
         now = time.monotonic()
         if now >= deadline:
             advice = f"Start again. For more time, use --timeout. {BROWSER_ERRORS}"
-            raise LoginError(f"No callback arrived within {timeout:g} seconds", advice)
+            raise LoginError(f"The browser did not come back in {timeout:g} seconds", advice)
         if now >= hint_due:
             warn(*BROWSER_ERRORS.split("\n"))
             hint_due = deadline
@@ -589,7 +601,7 @@ def wait_for_callback(events: Events, timeout: float) -> Callback:
             if isinstance(event, str):
                 warn(event)
             elif not warned:  # once, because a web page could cause this again and again
-                warn(event.reason, "If you used an old browser tab, open the URL above instead.")
+                warn(event.reason, OLD_TAB)
                 warned = True
 
 
@@ -625,7 +637,7 @@ class CallbackHandler(BaseHTTPRequestHandler):
         except ValueError:
             self.send_error(400)
             return
-        # A request without a version (HTTP/0.9) may have been cut off, and the code in it, too.
+        # A request line without a version (HTTP/0.9) may be cut off, and its code with it.
         if (target.path or "/") != self.server.path or self.request_version == "HTTP/0.9":
             self.send_error(404, "This is not the redirect URI.", STILL_WAITING)
             return
@@ -642,8 +654,8 @@ class CallbackHandler(BaseHTTPRequestHandler):
             self.server.events.put(callback)
 
     def send_result(self, callback: Callback) -> None:
-        """Send the page that ends the login in the browser."""
-        title, text = "Login complete", "Go back to the terminal."
+        """Send the page that ends the browser's part of the login."""
+        title, text = "Login accepted", "Go back to the terminal, which shows the result."
         if "error" in callback:
             title, text = "Login failed", f"{describe(callback)}. Go back to the terminal."
         page = PAGE % {"message": title, "explain": html.escape(text)}
@@ -653,8 +665,8 @@ class CallbackHandler(BaseHTTPRequestHandler):
         self.wfile.write(page.encode())
 
     def end_headers(self) -> None:
-        """Add headers to each page: it loads nothing, is not stored, and does not reveal its
-        address, which contains the code."""
+        """Add headers to each page, which then loads nothing, is not cached, and does not reveal
+        its URL, which contains the code."""
         self.send_header("Content-Security-Policy", "default-src 'none'")
         self.send_header("Cache-Control", "no-store")
         self.send_header("Referrer-Policy", "no-referrer")
@@ -668,24 +680,26 @@ class CallbackHandler(BaseHTTPRequestHandler):
 
 
 def read_pasted(check: Check, events: Events) -> None:
-    """Read pasted addresses from stdin until one of them is the callback."""
+    """Read pasted URLs from stdin until one of them is the callback."""
     for number, line in enumerate(lines_of_stdin(), start=1):
-        # The query of a URL contains only these characters. Whatever else surrounds it was copied
-        # along, or was added by a terminal.
+        # The query of a URL contains only these characters. The rest was copied by accident, or
+        # added by a terminal.
         queries = re.findall(rb"\?([!$-&(-;=?-~]*)", line)
         query = max(queries, key=len, default=b"").rstrip(b".,:;!?)]}")
         try:
             events.put(check(query.decode("ascii")))
             return
+        except StateMismatch as refused:
+            events.put(f"{refused.reason} {OLD_TAB}")
         except CallbackRefused as refused:
-            events.put(f"{refused.reason} Paste the whole address that the browser shows.")
+            events.put(f"{refused.reason} Log in first, then paste the whole URL.")
         if number == 20:
-            events.put("None of 20 lines was the address. No more lines are read.")
+            events.put("None of 20 lines was the URL. What you type is now ignored.")
             return
 
 
 def lines_of_stdin() -> Iterator[bytes]:
-    """Yield the lines of stdin, of which there are none if it is closed or not a file."""
+    """Yield the lines of stdin. Yield nothing if stdin is closed or is not a file."""
     try:
         stdin = sys.stdin.fileno()
     except (AttributeError, OSError, ValueError):
@@ -708,7 +722,7 @@ def lines_of_stdin() -> Iterator[bytes]:
 
 
 def open_browser(url: str) -> None:
-    """Open the URL in the user's browser, and do not wait for it. There may be none."""
+    """Open the URL in the user's browser, if there is one, without waiting for it."""
     import subprocess  # here, because loading it would delay the authorize URL
 
     environment = {name: value for name, value in os.environ.items() if name not in KEYS}
@@ -764,13 +778,14 @@ def show_response(response: requests.Response, show_tokens: bool) -> None:
         content = masked(json.loads(response.content), "", show_tokens)
         say(*json.dumps(content, indent=2, ensure_ascii=False).split("\n"))
     except (ValueError, RecursionError):
-        say(f"   ({len(response.content)} bytes that are not JSON)")
+        size = len(response.content)
+        say(f"   ({size} bytes that are not JSON)" if size else "   (empty)")
 
 
 def masked(value: Any, name: str, show_tokens: bool = False) -> Any:
-    """Return a value, or JSON, without what is secret according to its name.
+    """Return a value, or JSON, with secrets cut short. The names decide what is a secret.
 
-    show_tokens: whether tokens are returned unchanged
+    show_tokens: whether tokens stay as they are
     """
     name = name.lower()
     is_token = name.endswith("token") and not show_tokens
@@ -810,10 +825,9 @@ def printable(line: str) -> str:
 
 
 def discard_unprinted() -> None:
-    """Let Python end quietly although stdout or stderr fails.
+    """Let Python end quietly even if stdout or stderr has failed.
 
-    At its end, Python prints what it could not print before. If this fails again, it prints a
-    traceback, and changes the exit status.
+    At the end, Python flushes both. If that failed, it would print an error and change the status.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -827,7 +841,7 @@ def discard_unprinted() -> None:
 
 def main() -> int:
     """Log in as the command line says, and return the exit status."""
-    if not hasattr(sys, "ps1"):  # in a notebook, these would change the notebook
+    if not hasattr(sys, "ps1"):  # in a notebook, these handlers would change the notebook
         # Ctrl+C ends the program at once, whatever it is waiting for.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if sys.platform != "win32":
@@ -849,7 +863,9 @@ def parse_arguments() -> argparse.Namespace:
     """Return the options on the command line. Raises SystemExit if there is a mistake in them."""
     parser = argparse.ArgumentParser(description="Log in to sipgate with OAuth 2.0.")
     config = Path(__file__).with_name("config.env")
-    parser.add_argument("--config", metavar="FILE", default=config, help="default: %(default)s")
+    parser.add_argument(
+        "--config", metavar="FILE", default=config, help="configuration (default: %(default)s)"
+    )
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
     parser.add_argument(
         "--timeout",
@@ -858,10 +874,12 @@ def parse_arguments() -> argparse.Namespace:
         default=300,
         help="how long to wait for the login (default: %(default)s)",
     )
-    parser.add_argument("--show-tokens", action="store_true", help="print tokens in full")
+    parser.add_argument(
+        "--show-tokens", action="store_true", help="print the tokens in responses in full"
+    )
     options = parser.parse_args()
     if not 0 < options.timeout <= 86400:
-        parser.error("--timeout must be a number of seconds from 0 to 86400 (a day)")
+        parser.error("--timeout must be greater than 0 and at most 86400 seconds (a day)")
     return options
 
 

@@ -127,12 +127,12 @@ def test_every_message_is_shown_with_its_secrets_masked(login: Script, server: O
     for part in [
         f"\n\n{login.url()}\n\n3. Callback",
         f"GET {url}/auth\n      hint: a b\n      response_type: code\n      client_id: id & co\n",
-        "waiting up to 300 seconds for the browser",
+        "waiting up to 300 seconds for the browser to come back",
         f"press Enter.\n   GET {server.environment['REDIRECT_URI']}\n      code: cBB... (13 char",
         f"POST {url}/token\n      grant_type: authorization_code\n      code: cBB... (13 char",
         '      client_secret: ...\n   200 OK\n{\n  "access_token": "aCCCC... (21 characters)",\n',
         f"GET {url}/account\n      Authorization: Bearer ... (28 characters)\n{account}6. ",
-        f"Authorization: Bear... (19 characters)\n{account}Done. ",
+        f"Authorization: Bear... (19 characters)\n{account}Done: ",
     ]:
         assert part in login.stdout
 

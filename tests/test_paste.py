@@ -17,7 +17,7 @@ import requests
 from sandbox import Sandbox
 from script import PATIENCE, Script, answer_login_page, log_in, visit
 
-from sipgate_oauth import FOREIGN_STATE, Events, check_callback, read_pasted
+from sipgate_oauth import FOREIGN_STATE, OLD_TAB, Events, check_callback, read_pasted
 
 Start = Callable[..., Script]
 Paste = Callable[[bytes], list[str]]
@@ -44,21 +44,21 @@ AS_COPIED = {
     "from another scheme and host": b"https://[::1]/x?" + QUERY + b"\n",
     "only the query": b"?" + QUERY + b"\n",
 }
+ADVICE = "Log in first, then paste the whole URL."
+TOO_MANY = "None of 20 lines was the URL. What you type is now ignored."
 # What is not the address, and the reason that is told.
 WRONG = {
-    "an empty line": (b"", "This is not a login response."),
-    "a word": (b"hello", "This is not a login response."),
-    "half an address": (b"http://[?", "This is not a login response."),
-    "a query without its question mark": (QUERY, "This is not a login response."),
-    "a long line": (b"x" * 50_000, "This is not a login response."),
-    "two codes": (b"?code=b&" + QUERY, "The address contains a parameter more than once."),
-    "no code": (b"?state=our-state", "The address must contain either a code or an error."),
-    "another state": (b"?code=foreign&state=foreign", FOREIGN_STATE),
-    "bytes that are not text": (b"?code=a&state=\xff\x1b[2J", FOREIGN_STATE),
-    "a long state": (b"?state=" + b"x" * 50_000, FOREIGN_STATE),
+    "an empty line": (b"", f"This is not a login response. {ADVICE}"),
+    "a word": (b"hello", f"This is not a login response. {ADVICE}"),
+    "half an address": (b"http://[?", f"This is not a login response. {ADVICE}"),
+    "a query without its question mark": (QUERY, f"This is not a login response. {ADVICE}"),
+    "a long line": (b"x" * 50_000, f"This is not a login response. {ADVICE}"),
+    "two codes": (b"?code=b&" + QUERY, f"The URL contains a parameter more than once. {ADVICE}"),
+    "no code": (b"?state=our-state", f"The URL must contain either a code or an error. {ADVICE}"),
+    "another state": (b"?code=foreign&state=foreign", f"{FOREIGN_STATE} {OLD_TAB}"),
+    "bytes that are not text": (b"?code=a&state=\xff\x1b[2J", f"{FOREIGN_STATE} {OLD_TAB}"),
+    "a long state": (b"?state=" + b"x" * 50_000, f"{FOREIGN_STATE} {OLD_TAB}"),
 }
-ADVICE = "Paste the whole address that the browser shows."
-TOO_MANY = "None of 20 lines was the address. No more lines are read."
 
 
 def read_from(stdin: Any) -> list[str]:
@@ -91,7 +91,7 @@ def test_an_address_is_accepted_as_people_copy_it(paste: Paste, how: str) -> Non
 def test_a_wrong_address_is_told_and_the_next_one_counts(paste: Paste, what: str) -> None:
     wrong, reason = WRONG[what]
     typed = wrong + b"\n" + ADDRESS + b"\n" + ADDRESS + b"\n"
-    assert paste(typed) == [f"{reason} {ADVICE}", "a-code"]
+    assert paste(typed) == [reason, "a-code"]
 
 
 def test_after_20_wrong_lines_no_more_are_read(paste: Paste) -> None:
@@ -160,7 +160,7 @@ def test_a_pasted_error_ends_the_login_in_plain_text(sandbox: Sandbox, start: St
     text = "%1B[2J%C2%9B31m%E2%80%AE%E2%80%A8%C2%85%7F%08 %0AError: none".replace(" ", "+")
     script.type(f"?error=access_denied&state={script.state()}&error_description={text}\n")
     assert (script.status(), sandbox.exchanges) == (1, 0)
-    assert script.stderr.startswith("Error: The login was refused: access_denied: ")
+    assert script.stderr.startswith("Error: The login failed: access_denied: ")
     assert "Error: none" in script.stderr
     assert script.stderr.count("\n") == 2
     assert all(it.isprintable() or it == "\n" for it in script.stdout + script.stderr)

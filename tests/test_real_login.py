@@ -11,6 +11,8 @@ from odd_server import OddServer, answer
 from playwright.sync_api import Page, expect
 from script import PATIENCE, Script, free_port, visit
 
+from sipgate_oauth import STILL_WAITING
+
 pytestmark = [pytest.mark.xdist_group("keycloak"), pytest.mark.timeout(START_TIMEOUT + 60)]
 
 Begin = Callable[..., Script]
@@ -61,7 +63,7 @@ def test_a_login_ends_well_after_a_mistyped_password(begin: Begin, page: Page) -
     expect(page.get_by_text("Invalid username or password.")).to_be_visible()
     sign_in(page)
     consent(page)
-    expect_title(page, "Login complete")
+    expect_title(page, "Login accepted")
     assert (script.status(), script.stderr) == (0, "")
     assert script.stdout.count('"preferred_username": "alice"') == 2
 
@@ -76,13 +78,13 @@ def test_a_refused_consent_is_told_in_the_browser_and_the_terminal(
     expect_title(page, "Login failed")
     expect(page.get_by_text("access_denied")).to_be_visible()
     assert script.status() == 1
-    assert re.search("access_denied.*start again and allow the access", script.stderr, re.DOTALL)
+    assert re.search("access_denied.*start again and allow access", script.stderr, re.DOTALL)
 
 
 def test_a_wrong_client_secret_is_told_after_the_login(begin: Begin, page: Page) -> None:
     script = begin(CLIENT_SECRET="wrong")
     log_in(page, script)
-    expect_title(page, "Login complete")
+    expect_title(page, "Login accepted")
     assert script.status() == 1
     error = "401 Unauthorized: unauthorized_client.*Check CLIENT_ID and CLIENT_SECRET"
     assert re.search(error, script.stderr, re.DOTALL)
@@ -101,7 +103,7 @@ def test_an_error_that_stays_in_the_browser_does_not_end_the_wait(
     uri = urljoin(redirect_uri, path)
     page.goto(begin(REDIRECT_URI=uri, CLIENT_ID=client).url())
     expect(page.get_by_text(error)).to_be_visible()
-    assert "The terminal is still waiting for the login." in visit(uri).text
+    assert STILL_WAITING in visit(uri).text
 
 
 def test_the_old_refresh_token_is_refused_after_the_login(
@@ -126,7 +128,7 @@ def test_the_page_can_load_nothing_and_does_not_tell_its_address(
     begin: Begin, page: Page, server: OddServer
 ) -> None:
     log_in(page, begin())
-    expect_title(page, "Login complete")
+    expect_title(page, "Login accepted")
     load = "src => new Promise(then => Object.assign(new Image(), {onerror: then, src}))"
     page.evaluate(load, f"http://{server.host}/image")
     server.answers["/next"] = [answer(b"<h1>Next</h1>", "Content-Type: text/html")]
@@ -146,10 +148,10 @@ def test_an_old_tab_is_refused_and_a_new_one_logs_in(begin: Begin, page: Page) -
     script.url()
     sign_in(page)
     consent(page)
-    expect(page.get_by_text("The terminal is still waiting for the login.")).to_be_visible()
+    expect(page.get_by_text(STILL_WAITING)).to_be_visible()
     page.goto(script.url())  # Keycloak knows the person by now
     consent(page)
-    expect_title(page, "Login complete")
+    expect_title(page, "Login accepted")
     assert script.status() == 0
     assert "old browser tab" in script.stderr
 

@@ -221,7 +221,7 @@ def test_an_odd_answer_is_an_error_and_nothing_more_is_asked(server: OddServer, 
 EXPLAINED_ERRORS = {
     "in a redirect": (
         answer(b"", "Location: /token/?code=xyz", status="301 Moved Permanently"),
-        "   301 Moved Permanently\n      Location: /token/\n   (0 bytes that are not JSON)\n",
+        "   301 Moved Permanently\n      Location: /token/\n   (empty)\n",
         "301 Moved Permanently: redirects are not followed",
         "Check",
     ),
@@ -246,7 +246,7 @@ EXPLAINED_ERRORS = {
     "with a web page": (
         answer(b"<h1>Blocked</h1>", status="403 Forbidden"),
         "   403 Forbidden\n   (16 bytes that are not JSON)\n",
-        "403 Forbidden: this is not JSON; perhaps a firewall or a proxy answered",
+        "403 Forbidden: the response is not JSON; it may come from a firewall or a proxy",
         "Check",
     ),
     "without a reason phrase": (
@@ -257,14 +257,14 @@ EXPLAINED_ERRORS = {
     ),
     "with an unknown status and no phrase": (
         answer(b"", status="599 "),
-        "   599\n   (0 bytes that are not JSON)\n",
-        " 599",
+        "   599\n   (empty)\n",
+        "599: the response gives no reason",
         "Check",
     ),
     "with an endless phrase": (
         answer(b"", status="500 " + "x" * 60_000),
         f"   500 {'x' * 100}\n",
-        f" 500 {'x' * 100}",
+        f"500 {'x' * 100}: the response gives no reason",
         "Check",
     ),
 }
@@ -279,7 +279,7 @@ def test_an_error_is_told_as_the_server_explains_it(
     server.answers.update(dict.fromkeys(["/token", "/account"], [said]))
     error = failure(server.environment[key], key)
     assert shown in capsys.readouterr().out
-    assert f" responded {told.strip()}" in error.what
+    assert f" responded with {told}" in error.what
     assert error.advice.startswith(advice)
     assert "xyz" not in error.what
 
@@ -349,8 +349,11 @@ UNUSABLE_TOKENS: dict[str, tuple[Any, str]] = {
     "no type": ({"access_token": "a"}, "sent no token_type"),
     "a type that is null": ({**TOKENS, "token_type": None}, "sent no token_type"),
     "a type that is a list": ({**TOKENS, "token_type": ["Bearer"]}, "sent no token_type"),
-    "another type": ({**TOKENS, "token_type": "MAC"}, "sent no bearer token"),
-    "a type with a space": ({**TOKENS, "token_type": "Bearer "}, "sent no bearer token"),
+    "another type": ({**TOKENS, "token_type": "MAC"}, "sent a token that is not a bearer token"),
+    "a type with a space": (
+        {**TOKENS, "token_type": "Bearer "},
+        "sent a token that is not a bearer token",
+    ),
     "a line break": ({**TOKENS, "access_token": "pAss\nX: 1"}, "InvalidHeader"),
     "letters that are not Latin": ({**TOKENS, "access_token": "pAss東"}, "UnicodeEncodeError"),
     "a surrogate": ({**TOKENS, "access_token": "pAss\ud800"}, "UnicodeEncodeError"),
@@ -404,7 +407,7 @@ def test_the_advice_fits_the_error(
     said = json_answer({"error": code, "error_description": "Told: by the server."}, status)
     server.answers.update({"/token": [said], "/account": [said]})
     error = failure(server.environment[key], key)
-    assert error.what.endswith(f" responded {status}: {code}: Told: by the server")
+    assert error.what.endswith(f" responded with {status}: {code}: Told: by the server")
     assert advice in error.advice
     assert "sipgate's" not in error.advice
 

@@ -246,7 +246,7 @@ def test_only_the_main_thread_prints(sandbox: Sandbox, start: Start, tmp_path: P
     visit(callback.replace("state=", "state=foreign"))
     script.until("old browser tab")
     script.type("hello\n")
-    script.until("Paste the whole address")
+    script.until("paste the whole URL")
     visit(callback)
     assert script.status() == 0
     assert "another thread" not in script.stderr
@@ -314,7 +314,7 @@ def test_a_full_disk_under_stderr_keeps_back_no_answer(sandbox: Sandbox, start: 
     script = start(python=started_by('exec "$@" 2>/dev/full'), **sandbox.environment)
     callback = answer_login_page(script.url())
     assert visit(callback.replace("state=", "state=foreign")).status_code == 403
-    assert "Login complete" in visit(callback).text
+    assert "Login accepted" in visit(callback).text
     assert script.status() == 0
 
 
@@ -340,7 +340,7 @@ def test_streams_that_are_closed_from_the_start_do_not_prevent_a_login(
 ) -> None:
     shell = started_by(f'exec "$@" {closed}')
     with Script(environment=browser.environment, python=shell) as script, browser:
-        assert "Login complete" in visit(answer_login_page(browser.opened_url())).text
+        assert "Login accepted" in visit(answer_login_page(browser.opened_url())).text
         assert (script.status(), script.stderr) == (0, "")
 
 
@@ -349,7 +349,7 @@ def test_in_the_background_of_a_terminal_the_login_goes_on(sandbox: Sandbox, sta
     """A terminal stops a program there that reads from it, unless this takes care."""
     script = start(python=started_by('set -m; "$@" & wait', terminal=True), **sandbox.environment)
     log_in(script)
-    script.until("Done. ")
+    script.until("Done: ")
     assert "Traceback" not in script.stdout
 
 
@@ -386,7 +386,7 @@ def test_a_login_among_strays_causes_no_warning(sandbox: Sandbox, start: Start) 
 def test_a_time_out_causes_no_warning(sandbox: Sandbox, start: Start) -> None:
     script = start("--timeout=0.1", **sandbox.environment, **DEVELOPMENT)
     assert script.status() == 1
-    assert script.stderr.startswith("Error: No callback arrived within 0.1 seconds.\n")
+    assert script.stderr.startswith("Error: The browser did not come back in 0.1 seconds.\n")
     assert "Warning" not in script.stderr
 
 
