@@ -75,10 +75,12 @@ def start(environment: dict[str, str]) -> Iterator[Callable[..., Script]]:
     """Start the script: start(*options, **variables). --no-browser is always there."""
     with ExitStack() as scripts:
 
-        def start_script(*options: str, python: tuple[str, ...] = (), **variables: str) -> Script:
-            script = Script(
-                "--no-browser", *options, environment={**environment, **variables}, python=python
-            )
+        def start_script(
+            *options: str, python: tuple[str, ...] = (), path: Path | None = None, **variables: str
+        ) -> Script:
+            everything = {**environment, **variables}
+            options = ("--no-browser", *options)
+            script = Script(*options, environment=everything, python=python, path=path)
             return scripts.enter_context(script)
 
         yield start_script

@@ -59,13 +59,18 @@ class Script:
 
     environment: all of the environment that the process gets
     python: options of the Python interpreter
+    path: a changed copy of sipgate_oauth.py to run in its place
     """
 
     def __init__(
-        self, *arguments: str, environment: dict[str, str], python: tuple[str, ...] = ()
+        self,
+        *arguments: str,
+        environment: dict[str, str],
+        python: tuple[str, ...] = (),
+        path: Path | None = None,
     ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, *python, str(SCRIPT), *arguments],
+            [sys.executable, *python, str(path or SCRIPT), *arguments],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
