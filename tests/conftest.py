@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from keycloak import Keycloak
 from odd_server import OddServer
 from playwright.sync_api import Browser, Page, sync_playwright
+from providers import PASSWORD, USERNAME, Provider, running
 from sandbox import Sandbox
 from script import Script, clean_environment, free_port
 
@@ -43,6 +45,24 @@ def keycloak() -> Iterator[Keycloak]:
         pytest.skip("no Keycloak: unpack https://www.keycloak.org/downloads to KEYCLOAK_HOME")
     with Keycloak(Path(home)) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def django() -> Iterator[Provider]:
+    """A real django-oauth-toolkit, with one client: "example"."""
+    with running(sys.executable, "django_server.py", USERNAME, PASSWORD) as provider:
+        yield provider
+
+
+@pytest.fixture(scope="session")
+def oidc_provider() -> Iterator[Provider]:
+    """A real oidc-provider, with three clients: "secret in the form", "HTTP Basic", "public"."""
+    node, home = shutil.which("node"), os.environ.get("OIDC_PROVIDER_HOME")
+    if not node or not home:
+        advice = "install Node.js, and run `npm install oidc-provider` in OIDC_PROVIDER_HOME"
+        pytest.skip(f"no oidc-provider: {advice}")
+    with running(node, "oidc_provider.mjs", home) as provider:
+        yield provider
 
 
 @pytest.fixture(scope="session")
