@@ -153,7 +153,7 @@ def authorize_url(config: Config, state: str, code_challenge: str) -> str:
         # Which program asks. The client secret must not be here: everyone can see this URL.
         "client_id": config["CLIENT_ID"],
         # Where to send the browser with the code. Exactly this URI must be registered for the
-        # client, so that nobody else can have the code sent to an address of their own.
+        # client: the login server sends the code nowhere else.
         "redirect_uri": config["REDIRECT_URI"],
         # What the program asks to be allowed to do. The user has to agree.
         "scope": config["OAUTH_SCOPE"],
