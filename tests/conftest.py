@@ -14,7 +14,7 @@ from odd_server import OddServer
 from playwright.sync_api import Browser, Page, sync_playwright
 from providers import PASSWORD, USERNAME, Provider, running
 from sandbox import Sandbox
-from script import Script, clean_environment, free_port
+from script import WEB_APPLICATION, Script, clean_environment, free_port
 
 
 def pytest_configure() -> None:
@@ -104,3 +104,20 @@ def start(environment: dict[str, str]) -> Iterator[Callable[..., Script]]:
             return scripts.enter_context(script)
 
         yield start_script
+
+
+@pytest.fixture
+def serve(environment: dict[str, str]) -> Iterator[Callable[..., Script]]:
+    """Start the web application, and wait until it can be opened: serve(*options, **variables)."""
+    with ExitStack() as programs:
+
+        def start_application(*options: str, **variables: str) -> Script:
+            program = Script(
+                *("--config", os.devnull, *options),
+                environment={**environment, **variables},
+                path=WEB_APPLICATION,
+            )
+            programs.enter_context(program).until("Open http")
+            return program
+
+        yield start_application

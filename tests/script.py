@@ -20,6 +20,7 @@ from sipgate_oauth import KEYS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "sipgate_oauth.py"
+WEB_APPLICATION = ROOT / "tests" / "web_application.py"
 PATIENCE = 30  # seconds after which a test gives up waiting for an event
 
 # What the machine must not decide: the configuration, where requests go, and what a browser is.
@@ -59,7 +60,7 @@ class Script:
 
     environment: all of the environment that the process gets
     python: options of the Python interpreter
-    path: a changed copy of sipgate_oauth.py to run in its place
+    path: what to run in place of sipgate_oauth.py, for example a changed copy of it
     """
 
     def __init__(
