@@ -173,3 +173,42 @@ def test_the_address_can_be_pasted_if_the_browser_makes_it_https(
         log_in(page, script)
     script.type(f"{failed.value.url}\n")
     assert (script.status(), script.stderr) == (0, "")
+
+
+# --- The web application --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(serve: Callable[..., Script], keycloak: Keycloak, redirect_uri: str) -> str:
+    """The first page of the web application, which logs its users in at Keycloak."""
+    serve(**keycloak.environment(redirect_uri))
+    return urljoin(redirect_uri, "/")
+
+
+def log_in_to_web_application(page: Page, home: str) -> None:
+    page.goto(home)
+    page.get_by_role("link", name="Log in").click()
+    sign_in(page)
+    consent(page)
+    expect_title(page, "You are logged in")
+
+
+def test_a_user_of_the_web_application_logs_in_and_out(page: Page, home: str) -> None:
+    log_in_to_web_application(page, home)
+    assert page.url == home
+    expect(page.get_by_text('"preferred_username": "alice"')).to_be_visible()
+    page.get_by_role("button", name="Log out").click()
+    expect_title(page, "Welcome")
+
+
+def test_another_site_cannot_log_out_a_user_of_the_web_application(
+    page: Page, home: str, server: OddServer
+) -> None:
+    log_in_to_web_application(page, home)
+    form = f'<form method="post" action="{home}logout"><button>Win a prize</button></form>'
+    server.answers["/prize"] = [answer(form.encode(), "Content-Type: text/html")]
+    page.goto(f"http://{server.host}/prize")
+    page.get_by_role("button", name="Win a prize").click()
+    page.wait_for_url(home)
+    page.goto(home)
+    expect_title(page, "You are logged in")
