@@ -33,7 +33,7 @@ import sipgate_oauth as oauth  # noqa: E402
 
 LOGIN_LIFETIME = 600  # seconds from the link "Log in" to the callback
 REFRESH_EARLY = 30  # seconds before an access token expires
-# The errors that a new login can mend. All others are faults of a server or of the configuration.
+# The errors after which a new login can help. All others are faults of a server or of the client.
 LOG_IN_AGAIN = ("access_denied", "invalid_grant", "invalid_token")
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
 <h1>{{ title }}</h1><pre>{{ text }}</pre>
@@ -61,7 +61,7 @@ class User:
         """Replace the tokens, and note when to refresh them."""
         expires_in = tokens.get("expires_in")
         if not isinstance(expires_in, (int, float)):
-            expires_in = math.inf  # Some servers do not say it. Then the API has to, with a 401.
+            expires_in = math.inf  # Some servers do not send it. Then only a 401 tells.
         self.tokens = tokens
         self.refresh_at = time.monotonic() + expires_in - REFRESH_EARLY
 
@@ -71,7 +71,7 @@ class User:
         refused: an access token that the API has refused
         """
         # A refresh token can be used only once. If two requests need a new access token at the same
-        # time, the second waits here, then reads what the first has stored, and does not refresh.
+        # time, the second waits for the lock. It then reads the tokens that the first has stored.
         with self.lock:
             if self.tokens["access_token"] == refused or time.monotonic() >= self.refresh_at:
                 with requests.Session() as session:
@@ -81,15 +81,15 @@ class User:
     def account(self) -> Any:
         """Return the account from the API. Raises LoginError."""
         access_token = self.access_token()
-        # A requests.Session for each call: it keeps the cookies that a server sets, and those of
-        # one user must not be sent with the requests of another.
+        # A new requests.Session each time, because it keeps the cookies that a server sets. Those
+        # of one user must not be sent with the requests of another.
         with requests.Session() as session:
             try:
                 return oauth.get_account(session, self.config, access_token)
             except oauth.LoginError as error:
                 if error.error != "invalid_token":
                     raise
-            # The token was revoked, or has expired early. Try again with a new one, but only once.
+            # The token was revoked or has expired early. Try again with a new one, but only once.
             return oauth.get_account(session, self.config, self.access_token(access_token))
 
 
@@ -100,13 +100,14 @@ def create_app(config: oauth.Config) -> Flask:
         what = f"REDIRECT_URI ({config['REDIRECT_URI']}) is the address of another page"
         raise oauth.ConfigurationError(what, "Give it a path of its own, for example /oauth.")
     app = Flask(__name__, static_folder=None)
-    # By random ids. Only the ids go into cookies. (Flask's own session would put all of it there,
-    # where everybody can read it.) With several processes, use a database, and its locks.
+    # The keys are random ids, and only they go into cookies. Flask's own session would put all
+    # values into its cookie, which the browser can read. Several processes would need a database
+    # instead, also for the locks.
     logins: dict[str, Login] = {}
     users: dict[str, User] = {}
 
     def page(title: str, text: str, user: User | None = None) -> str:
-        # Flask escapes the text, which may come from a server, or from any web page.
+        # Flask escapes the text, because servers and other web pages have a say in it.
         return render_template_string(PAGE, title=title, text=text, user=user)
 
     def redirect_with_cookie(url: str, name: str, value: str) -> Any:
@@ -114,10 +115,10 @@ def create_app(config: oauth.Config) -> Flask:
         response.set_cookie(
             name,
             value,
-            httponly=True,  # No script in a page can read it.
-            secure=uri.scheme == "https",  # Never sent unencrypted. (On localhost, http is safe.)
-            # If another site sends a form here, the cookie is missing. If it links here, as sipgate
-            # does after the login, the cookie is sent. (With "Strict", it would not be.)
+            httponly=True,  # Scripts cannot read it.
+            secure=uri.scheme == "https",  # It is not sent unencrypted, except on this computer.
+            # It is not sent with a form of another site (see /logout), but when the browser returns
+            # from sipgate to the callback. "Strict" would prevent that, too.
             samesite="Lax",
         )
         return response
@@ -147,28 +148,29 @@ def create_app(config: oauth.Config) -> Flask:
 
     @app.get(uri.path)
     def callback() -> Any:
-        # The state must be the one of this browser. No state is right if it has begun no login.
+        # The state must be that of this browser. If it has begun no login, any state is refused.
         login_id = request.cookies.get("login", "")
         login = logins.get(login_id)
         query = request.query_string.decode("ascii", "replace")
         parameters = oauth.check_callback(query, login.state if login else "")
-        # A login is used once. (Not removed earlier, because a forged callback must not end it.)
+        # A login can be used once. It is removed after the check, so that a forged callback does
+        # not end it.
         login = logins.pop(login_id, None)
-        if not login:  # The same callback arrived twice at the same time, and this is the second.
+        if not login:  # The same callback has arrived twice, and the other one was faster.
             raise oauth.StateMismatch(403, oauth.FOREIGN_STATE)
         code = oauth.code_from_callback(parameters)
         with requests.Session() as session:
             tokens = oauth.exchange_code(session, config, code, login.code_verifier)
-        # The id is new. If it were the one that the browser sent, somebody who had put it there
-        # before the login would be logged in as well (session fixation).
+        # The id is new for each login. An old one may be known to somebody who set the cookie in
+        # this browser, and who would then be logged in as this user (session fixation).
         users.pop(request.cookies.get("user", ""), None)
         user_id = secrets.token_urlsafe(32)
         users[user_id] = User(config, tokens)
-        # The redirect takes the code out of the address bar. Without a host in it, it works behind
-        # a proxy, too.
+        # The redirect removes the code from the address bar. It contains no host, and so it also
+        # works behind a proxy.
         return redirect_with_cookie("/", "user", user_id)
 
-    @app.post("/logout")  # GET would let any site log the user out with a link.
+    @app.post("/logout")  # With GET, a link on any site could log the user out.
     def log_out() -> Any:
         users.pop(request.cookies.get("user", ""), None)
         return redirect("/", 303)
@@ -180,15 +182,16 @@ def create_app(config: oauth.Config) -> Flask:
     @app.errorhandler(oauth.LoginError)
     def show_error(error: oauth.LoginError) -> Any:
         status = 502
-        if error.error in LOG_IN_AGAIN:
+        if error.error in LOG_IN_AGAIN:  # The page then asks for a new login.
             users.pop(request.cookies.get("user", ""), None)
             status = 403
         return page("Error", f"{error.what}.\n{error.advice}"), status
 
     @app.after_request
     def add_headers(response: Any) -> Any:
-        response.headers["Cache-Control"] = "no-store"  # A page is for this user only.
+        response.headers["Cache-Control"] = "no-store"  # Nobody else may see the page later.
         response.headers["Referrer-Policy"] = "no-referrer"  # The callback's address has a code.
+        # No page loads anything, and none can be put into a frame, to trick the user into a click.
         response.headers["Content-Security-Policy"] = "default-src 'none'; frame-ancestors 'none'"
         return response
 
@@ -199,7 +202,7 @@ def serve(config: oauth.Config, port: int | None) -> None:
     """Serve the application until Ctrl+C. Raises LoginError."""
     app = create_app(config)
     uri = urlsplit(config["REDIRECT_URI"])
-    # With https, a proxy receives the requests, and forwards them to this computer as http.
+    # With https, a proxy on this computer receives the requests, and forwards them as http.
     host = oauth.LOOPBACK.get(str(uri.hostname), ["127.0.0.1"])[0]
     port = port or uri.port or {"http": 80, "https": 443}[uri.scheme]
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -209,7 +212,7 @@ def serve(config: oauth.Config, port: int | None) -> None:
         raise oauth.LoginError(
             f"Cannot listen on port {port}: {error}", oauth.OTHER_PORT
         ) from error
-    # Not app.run, because Flask's development server logs each address, and with it each code.
+    # Waitress logs no requests. Flask's own server (app.run) would log each code and state.
     server = create_server(app, sockets=[listener])
     home = urljoin(config["REDIRECT_URI"], "/")
     print(f"Open {home} in your browser (listening on port {port} of {host})", flush=True)
