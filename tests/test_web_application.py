@@ -10,8 +10,8 @@ from urllib.parse import parse_qs, urljoin, urlsplit
 import pytest
 import requests
 import web_application
-from odd_server import CODE, NEW_TOKENS, TOKENS, OddServer, answer, json_answer
-from sandbox import CLIENT_SECRET, Sandbox
+from odd_server import CLIENT_SECRET, CODE, NEW_TOKENS, TOKENS, OddServer, answer, json_answer
+from sandbox import Sandbox
 from script import PATIENCE, WEB_APPLICATION, Script, answer_login_page, free_port, send
 from web_application import REFRESH_EARLY, User, create_app
 
@@ -303,18 +303,19 @@ def test_text_of_a_server_is_escaped(odd: Browser) -> None:
 # --- Program --------------------------------------------------------------------------------------
 
 
-def test_nothing_is_printed_but_the_address(sandbox: Sandbox, serve: Serve) -> None:
-    application = serve(**sandbox.environment)
-    browser = Browser(sandbox.redirect_uri)
-    browser.log_in("deny")
-    callback = answer_login_page(browser.begin_login())
-    for _ in range(2):
-        browser.get(callback)
+def test_no_secret_is_printed(server: OddServer, serve: Serve) -> None:
+    application = serve(**server.environment)
+    browser = Browser(server.environment["REDIRECT_URI"])
+    browser.return_with(error="access_denied")
+    callback = browser.return_with(code=CODE).history[0].url
+    assert browser.get(callback).status_code == 403
     application.process.kill()
     application.status()
-    assert application.stdout.count("\n") == 1
-    assert CLIENT_SECRET not in application.stdout
-    assert application.stderr == ""
+    state = parse_qs(urlsplit(callback).query)["state"][0]
+    code_verifier = server.requests[0].form["code_verifier"]
+    tokens = [TOKENS["access_token"], TOKENS["refresh_token"]]
+    secrets = [CODE, state, code_verifier, *tokens, CLIENT_SECRET, *browser.cookies.values()]
+    assert [it for it in secrets if it in application.stdout + application.stderr] == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
