@@ -61,6 +61,8 @@ class Script:
     environment: all of the environment that the process gets
     python: options of the Python interpreter
     path: what to run in place of sipgate_oauth.py, for example a changed copy of it
+    session: start it in a session of its own, as a terminal does, and at the end, also kill the
+        processes that it has started
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class Script:
         environment: dict[str, str],
         python: tuple[str, ...] = (),
         path: Path | None = None,
+        session: bool = False,
     ) -> None:
+        self._session = session
         self.process = subprocess.Popen(
             [sys.executable, *python, str(path or SCRIPT), *arguments],
             env=environment,
@@ -78,6 +82,7 @@ class Script:
             stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="surrogateescape",
+            start_new_session=session,  # of no effect on Windows
         )
         assert self.process.stdout
         assert self.process.stderr
@@ -158,11 +163,23 @@ class Script:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._session:
+            kill_with_children(self.process.pid)
         self.process.kill()
         self.status()
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             with contextlib.suppress(OSError):  # a script that is gone reads no more
                 stream.close() if stream else None
+
+
+def kill_with_children(pid: int) -> None:
+    """Kill a process that was started in a session of its own, and those that it has started."""
+    if sys.platform == "win32":
+        command = ["taskkill", "/F", "/T", "/PID", str(pid)]
+        subprocess.run(command, capture_output=True)
+    else:
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(pid, signal.SIGKILL)
 
 
 def send(method: str, url: str, **content: Any) -> requests.Response:
@@ -178,7 +195,8 @@ def visit(url: str) -> requests.Response:
 
 
 def answer_login_page(url: str, answer: str = "allow") -> str:
-    """Press a button on the sandbox's login page: "allow" or "deny"; return where it leads to."""
+    """Press a button on the sandbox's login page: "allow", "deny" or "wrong-state"; return where it
+    leads to."""
     assert visit(url).status_code == 200
     return send("POST", url, data={"answer": answer}).headers["Location"]
 
