@@ -16,47 +16,49 @@
 
 The first runs sipgate_oauth.py against a local server and ends with its exit status. The second
 runs the server alone, for a program of your own: it prints the configuration and then, for each
-request, what came of it. The server has the addresses of sipgate's login server (a Keycloak) and
-API, and refuses what they refuse, by the rules of Authlib:
+request, what came of it and how to correct a mistake. The server has the addresses of sipgate's
+login server (a Keycloak) and API, and refuses what they refuse, by the rules of Authlib:
 
     GET, POST .../auth   the login page; its answer is a redirect with an authorization code
     POST .../token       authorization code or refresh token in, fresh tokens out
     GET /v2/account      the account's data for an access token
 """
 
+import signal
+import sys
+
+if __name__ == "__main__":
+    # Ctrl+C ends the sandbox at once, also while it loads. (See run_script for later.)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import errno
-import itertools
 import logging
 import os
 import re
 import secrets
 import shlex
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import parse_qsl, quote_plus, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote_plus, urlsplit
 
 try:
     from authlib.common.urls import add_params_to_uri
-    from authlib.integrations.flask_oauth2 import AuthorizationServer, ResourceProtector
-    from authlib.oauth2 import OAuth2Error, rfc6749, rfc6750, rfc7636, rfc9207
+    from authlib.integrations.flask_oauth2 import AuthorizationServer
+    from authlib.oauth2 import OAuth2Error, rfc6749, rfc6750, rfc7636
+    from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
     from flask import Flask, Response, jsonify, render_template_string, request
     from joserfc import jwt
     from joserfc.jwk import RSAKey
     from waitress import create_server, wasyncore  # type: ignore[import-untyped] # it has none
 except ImportError as error:
-    advice = 'Use the command under "Try it now" in README.md.'
-    sys.exit(f"Error: {error}. {advice}")
-except KeyboardInterrupt:
-    sys.exit(130)
+    sys.exit(f'Error: {error}. Use the command under "Try it now" in README.md.')
 
 SCRIPT = Path(__file__).resolve().parent.parent / "sipgate_oauth.py"
 REALM = "/auth/realms/third-party"
@@ -70,6 +72,7 @@ ACCOUNT = {
     "logoUrl": "",
     "verified": True,
 }
+FORM = "application/x-www-form-urlencoded"
 SIGNING_KEY = RSAKey.generate_key(2048)
 # What Keycloak says both of an unknown client and of a wrong secret.
 BAD_CLIENT = "Invalid client or Invalid client credentials"
@@ -104,11 +107,6 @@ class Login(rfc6749.AuthorizationCodeMixin, rfc6749.TokenMixin):
     def check_client(self, client: rfc6749.ClientMixin) -> bool:
         return True
 
-    def is_expired(self) -> bool:
-        return False  # an access token that has expired finds no login
-
-    is_revoked = is_expired
-
 
 class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
     """The authorization server, and what it knows of its one client."""
@@ -119,19 +117,24 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
         self.logins: list[Login] = []
         self.register_grant(CodeGrant, [RequiredS256()])
         self.register_grant(RefreshGrant)
-        self.register_extension(Issuer())
 
     def query_client(self, client_id: str) -> rfc6749.ClientMixin:
         if client_id != CLIENT_ID:
-            what = "Client not found." if request.endpoint == "authorize" else BAD_CLIENT
-            raise rfc6749.InvalidClientError(what, status_code=401)
+            raise rfc6749.InvalidClientError("Client not found.")
         return self
 
-    def check_client_secret(self, client_secret: str) -> bool:
-        # In a header, a + may stand for a space (RFC 6749, section 2.3.1), which Authlib leaves.
-        if client_secret not in (CLIENT_SECRET, unquote(quote_plus(CLIENT_SECRET))):
-            raise rfc6749.InvalidClientError(BAD_CLIENT, None, 401, error="unauthorized_client")
-        return True
+    def authenticate_client(self, oauth: Any, methods: Any, endpoint: str = "token") -> Any:
+        """Check id and secret, which are in the form or, each form-encoded, in an HTTP Basic header
+        (RFC 6749, section 2.3.1). Authlib does not decode the + there, which stands for a space."""
+        client_id, secret = request.form.get("client_id"), request.form.get("client_secret")
+        header = request.authorization
+        if header and header.type == "basic":
+            client_id, secret = map(unquote_plus, (header.username or "", header.password or ""))
+        if client_id != CLIENT_ID:
+            raise rfc6749.InvalidClientError(BAD_CLIENT, status_code=401)
+        if secret != CLIENT_SECRET:
+            raise rfc6749.UnauthorizedClientError(BAD_CLIENT, status_code=401)
+        return self
 
     def check_redirect_uri(self, redirect_uri: str) -> bool:
         if redirect_uri != self.sandbox.redirect_uri:
@@ -144,14 +147,10 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
     def get_allowed_scope(self, scope: Any) -> str:
         return scope or ""
 
-    def check_grant_type(self, grant_type: str) -> bool:
+    def check_grant_type(self, *args: Any, **named: Any) -> bool:
         return True
 
-    def check_response_type(self, response_type: str) -> bool:
-        return True
-
-    def check_endpoint_auth_method(self, method: str, endpoint: str) -> bool:
-        return True
+    check_response_type = check_grant_type
 
     def use_up(self, kind: str, secret: str, refusal: str) -> Login:
         """Look a code or a refresh token up, and end all that its login was given so far, so that
@@ -175,9 +174,9 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
         token |= {"expires_in": expires_in, "refresh_expires_in": refresh_expires_in}
         token |= {"token_type": "bearer", "session_state": login.session_state}
         now = int(time.time())
-        claims = {"iss": Issuer().get_issuer(), "aud": CLIENT_ID, "sub": "somebody"}
-        times = {"iat": now, "exp": now + expires_in}
-        token["id_token"] = jwt.encode({"alg": "RS256"}, claims | times, SIGNING_KEY)
+        claims = {"iss": self.sandbox.issuer, "aud": CLIENT_ID, "sub": "somebody", "iat": now}
+        claims["exp"] = now + expires_in
+        token["id_token"] = jwt.encode({"alg": "RS256"}, claims, SIGNING_KEY)
 
 
 class CodeGrant(rfc6749.AuthorizationCodeGrant):
@@ -188,6 +187,9 @@ class CodeGrant(rfc6749.AuthorizationCodeGrant):
     def create_authorization_response(self, redirect_uri: str, grant_user: str | None) -> Any:
         if grant_user:
             redirect_uri = add_params_to_uri(redirect_uri, {"session_state": grant_user})
+        if request.form.get("answer") == "wrong-state":
+            parameters = {**request.values, "state": secrets.token_urlsafe()}
+            self.request.payload = BasicOAuth2Payload(parameters)
         return super().create_authorization_response(redirect_uri, grant_user)
 
     def save_authorization_code(self, code: str, oauth: Any) -> None:
@@ -214,14 +216,20 @@ class RequiredS256(rfc7636.CodeChallenge):
     def validate_code_challenge(self, grant: CodeGrant, redirect_uri: str) -> None:
         if not request.values.get("code_challenge_method"):
             raise rfc6749.InvalidRequestError("Missing parameter: code_challenge_method")
+        if not re.fullmatch(r"[\w.~-]{43,128}", request.values.get("code_challenge", ""), re.ASCII):
+            raise rfc6749.InvalidRequestError("Invalid parameter: code_challenge")
         super().validate_code_challenge(grant, redirect_uri)
+
+    def validate_code_verifier(self, grant: CodeGrant, result: Any) -> None:
+        if "code_verifier" not in request.form:
+            raise rfc6749.InvalidGrantError("PKCE code verifier not specified")
+        super().validate_code_verifier(grant, result)
 
 
 class RefreshGrant(rfc6749.RefreshTokenGrant):
     """Refresh token in, fresh tokens out: RFC 6749, section 6."""
 
     server: LoginServer
-    TOKEN_ENDPOINT_AUTH_METHODS = CodeGrant.TOKEN_ENDPOINT_AUTH_METHODS
     INCLUDE_NEW_REFRESH_TOKEN = True
 
     def authenticate_refresh_token(self, refresh_token: str) -> Login:
@@ -234,9 +242,47 @@ class RefreshGrant(rfc6749.RefreshTokenGrant):
         return str(refresh_token.session_state)
 
 
-class Issuer(rfc9207.IssuerParameter):
-    def get_issuer(self) -> str:
-        return request.host_url.rstrip("/") + REALM
+# --- What is explained ---------------------------------------------------------------------------
+
+CODE_CHALLENGE = "the SHA-256 of the code_verifier in base64url: 43 characters, no = at the end"
+# A pattern for the words of a refusal, the parameter to correct, and what it should be.
+EXPECTED = [
+    ("Client not found|invalid_client", "client_id", CLIENT_ID),
+    ("unauthorized_client", "client_secret", "the CLIENT_SECRET printed at the start"),
+    ("redirect_uri", "redirect_uri", "{redirect_uri}"),
+    ("response_type", "response_type", "code"),
+    ("invalid_scope", "scope", f"one or more of {' '.join(sorted(SCOPES))}, with spaces between"),
+    ("code_challenge_method", "code_challenge_method", "S256 (PKCE, RFC 7636)"),
+    ("code_challenge", "code_challenge", CODE_CHALLENGE),
+    ("grant_type", "grant_type", "authorization_code or refresh_token"),
+    ("[Cc]ode.(verifier|challenge)", "code_verifier", "the one that gave the code_challenge"),
+    ("Code not valid|'code'", "code", "a new one: each works once, and not for long"),
+    ("refresh.token", "refresh_token", "the newest: each works once, a second use ends the login"),
+    ("insufficient_scope", "scope", "account:read, or more, in the authorize URL"),
+]
+
+
+def explain(outcome: str, redirect_uri: str) -> str:
+    """Return what is wrong with this request and how to correct it, or an empty text."""
+    header, sent = request.authorization, request.values
+    if request.endpoint == "token" and request.mimetype != FORM:
+        return f"The body is {request.mimetype or 'of no type'}: it should be a form ({FORM})"
+    if "unauthorized_client" in outcome and header and header.password == CLIENT_SECRET:
+        return "Form-encode id and secret before they go into the header (RFC 6749, section 2.3.1)"
+    for pattern, name, expected in EXPECTED:
+        if re.search(pattern, outcome):
+            problem = "wrong" if sent.get(name) or (header and "client" in name) else "missing"
+            return f"{name} is {problem}: it should be {expected.format(redirect_uri=redirect_uri)}"
+    if request.endpoint != "authorize" or not outcome.startswith(("200", "code")):
+        return ""
+    # What Keycloak accepts here, and what goes wrong later.
+    if len(sent["code_challenge"]) != 43:
+        return f"No code_verifier will fit this code_challenge: it should be {CODE_CHALLENGE}"
+    if sent.get("answer") == "wrong-state":
+        return "The state in it is wrong: if a token request follows, the state was not checked"
+    if not sent.get("state"):
+        return "No state was sent: without it, a program also accepts a callback that is forged"
+    return ""
 
 
 # --- What is served ------------------------------------------------------------------------------
@@ -246,12 +292,14 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
 <style>body { font: 1.1rem system-ui; max-width: 32rem; margin: 4rem auto; padding: 0 1rem }</style>
-</head><body><h1>{{ title }}</h1>{% if grant %}
+</head><body><h1>{{ title }}</h1><p>{{ explanation }}</p>{% if grant %}
 <p>A stand-in for sipgate on this computer. No account, no password.</p>
 <p>The client <strong>{{ grant.request.payload.client_id }}</strong> asks for these scopes:</p>
 <ul>{% for scope in grant.request.scope.split() %}<li>{{ scope }}</li>{% endfor %}</ul>
 <form method="post"><button name="answer" value="allow">Allow</button>
-<button name="answer" value="deny">Deny</button></form>{% endif %}</body></html>"""
+<button name="answer" value="deny">Deny</button>
+<button name="answer" value="wrong-state">Allow, but return a wrong state</button></form>
+{% endif %}</body></html>"""
 
 
 def create_app(server: LoginServer) -> Flask:
@@ -260,40 +308,39 @@ def create_app(server: LoginServer) -> Flask:
     app.config.update(OAUTH2_SCOPES_SUPPORTED=SCOPES, OAUTH2_REFRESH_TOKEN_GENERATOR=True)
     server.init_app(app)
 
-    class TokenValidator(rfc6750.BearerTokenValidator):
-        def authenticate_token(self, token: str) -> Login | None:
-            return next((it for it in server.logins if it.has("access token", token)), None)
-
-    protector = ResourceProtector()
-    protector.register_token_validator(TokenValidator())
-
     @app.route(f"{REALM}/protocol/openid-connect/auth", methods=["GET", "POST"])
     def authorize() -> Any:
         grant = server.get_consent_grant()  # type: ignore[no-untyped-call] # untyped stub
         if request.method != "POST":  # which comes to the same address, parameters and all
             return render_template_string(PAGE, title="Sandbox login page", grant=grant)
-        session = secrets.token_hex(16) if request.form.get("answer") == "allow" else None
+        allowed = request.form.get("answer") in ("allow", "wrong-state")
+        session = secrets.token_hex(16) if allowed else None
         return server.create_authorization_response(grant=grant, grant_user=session)
 
     @app.post(f"{REALM}/protocol/openid-connect/token")
     def token() -> Any:
-        if "grant_type" not in request.form:
+        if request.mimetype != FORM or "grant_type" not in request.form:
             raise rfc6749.InvalidRequestError("Missing form parameter: grant_type")
         return server.create_token_response()
 
     @app.get("/v2/account")
     def account() -> Response:
-        with protector.acquire("account:read"):
-            return jsonify(ACCOUNT)
+        token = str(request.authorization and request.authorization.token)
+        login = next((it for it in server.logins if it.has("access token", token)), None)
+        if not login:
+            raise rfc6750.InvalidTokenError
+        if "account:read" not in login.scope.split():
+            raise rfc6750.InsufficientScopeError
+        return jsonify(ACCOUNT)
 
     @app.errorhandler(OAuth2Error)
     def refuse(error: OAuth2Error) -> Any:
         if request.endpoint == "authorize" and not error.redirect_uri:
             # Nobody is sent to an address that is not the client's (RFC 6749, section 4.1.2.1).
-            return render_template_string(PAGE, title=error.description), f"400 {error.description}"
-        response: Any = server.handle_response(*error())
-        server.execute_hook("after_create_authorization_response", response)
-        return response
+            explanation = explain(error.description, server.sandbox.redirect_uri)
+            page = render_template_string(PAGE, title=error.description, explanation=explanation)
+            return page, f"400 {error.description}"
+        return server.handle_response(*error())
 
     # Authlib fails so on what is not UTF-8, or where its error description cannot quote it.
     app.register_error_handler(ValueError, lambda error: ("Invalid request", 400))
@@ -302,9 +349,8 @@ def create_app(server: LoginServer) -> Flask:
 
 def outcome_of(response: Response) -> str:
     """Tell what came of a request, from its answer: JSON, a redirect, or the status of a page."""
-    said = response.get_json(silent=True) or dict(
-        parse_qsl(urlsplit(response.location or "").query)
-    )
+    said = response.get_json(silent=True)
+    said = said or dict(parse_qsl(urlsplit(response.location or "").query))
     if "error" in said:
         return ": ".join(said[key] for key in ("error", "error_description") if key in said)
     if "code" in said:
@@ -312,12 +358,17 @@ def outcome_of(response: Response) -> str:
     return "tokens issued" if "access_token" in said else response.status
 
 
-def listen(port: int) -> socket.socket:
-    """Listen on 127.0.0.1 at the port or the next free one; 0 is any."""
-    while True:
+def listen(first_port: int, with_callback: bool) -> socket.socket:
+    """Listen on 127.0.0.1 at first_port or, if it is taken, two higher, and so on. (0 is any port.)
+    with_callback: take a port only if the one below it is free, which is for the callback. Other
+    sandboxes leave that one alone, because their server would need the port that this one has."""
+    for port in range(first_port, 65536, 2):
         with contextlib.suppress(OSError):
-            return socket.create_server(("127.0.0.1", port))
-        port += 1
+            listener = socket.create_server(("127.0.0.1", port))
+            if not with_callback or is_free(port - 1):
+                return listener
+            listener.close()
+    raise OSError(f"no port is free from {first_port} on")
 
 
 def is_free(port: int) -> bool:
@@ -339,11 +390,11 @@ def is_free(port: int) -> bool:
 class Sandbox:
     """The sandbox for tests, as a context manager: it serves inside of the `with` block.
 
-    In: the redirect URI to register (by default at port 8080 or the next free one), the port to
-    listen at (or the next free one; 0 is any), lifetimes in seconds, and whether to print a line
-    for each request.
-    Out: `environment`, the variables for sipgate_oauth.py; for tests `requests`, a list of (method,
-    path), `connections`, how many they came on, and `exchanges`, how many codes gave tokens.
+    In: the redirect URI to register (by default, with the port below the server's), the port to
+    listen at (0 is any free one; see listen), lifetimes in seconds, and whether to print a line for
+    each request.
+    Out: `environment`, the variables for sipgate_oauth.py; for tests `connections`, how many the
+    requests came on, and `exchanges`, how many codes gave tokens.
     """
 
     redirect_uri: str = ""
@@ -354,11 +405,11 @@ class Sandbox:
     log: bool = False
 
     def __post_init__(self) -> None:
-        listener = listen(self.port)
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        if not self.redirect_uri:
-            callback_port = next(filter(is_free, itertools.count(8080)))
-            self.redirect_uri = f"http://localhost:{callback_port}/oauth"
+        listener = listen(self.port, with_callback=not self.redirect_uri)
+        port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.issuer = self.url + REALM
+        self.redirect_uri = self.redirect_uri or f"http://localhost:{port - 1}/oauth"
         self.environment = {
             "CLIENT_ID": CLIENT_ID,
             "CLIENT_SECRET": CLIENT_SECRET,
@@ -368,7 +419,6 @@ class Sandbox:
             "TOKEN_URL": f"{self.url}{REALM}/protocol/openid-connect/token",
             "TEST_API_ENDPOINT": f"{self.url}/v2/account",
         }
-        self.requests: list[tuple[str, str]] = []
         self.connections = self.exchanges = 0
         self._ports: set[str] = set()
         app = create_app(LoginServer(self))
@@ -381,11 +431,15 @@ class Sandbox:
         self._thread = threading.Thread(target=self._http.run, daemon=True)
 
     def _note(self, response: Response) -> Response:
-        self.requests.append((request.method, request.path))
+        if request.endpoint == "authorize" and response.location:  # RFC 9207, section 2
+            response.location = add_params_to_uri(response.location, {"iss": self.issuer})
         self._ports.add(request.environ["REMOTE_PORT"])
         self.connections = len(self._ports)
         if self.log:
-            line = f"{request.method} {request.path}: {outcome_of(response)}"
+            outcome = outcome_of(response).rstrip(".")
+            explanation = explain(outcome, self.redirect_uri)
+            line = f"{request.method} {request.path}: {outcome}"
+            line += f". {explanation}" if explanation else ""
             # Escaped, because what a client sent could steer the terminal.
             print(line.encode("unicode_escape").decode(), flush=True)
         response.headers["Cache-Control"] = "no-store"  # RFC 6749, section 5.1
@@ -407,13 +461,21 @@ class Sandbox:
 
 
 def run_script(arguments: list[str]) -> int:
-    """Run sipgate_oauth.py in a process of its own. Out: its exit status."""
+    """Run sipgate_oauth.py in a process of its own, and return its exit status."""
     with Sandbox() as sandbox:
         print(f"Sandbox: a stand-in for sipgate, at {sandbox.url}. No account is needed.")
         print("For a program of your own: repeat with --serve", flush=True)
         # The environment has it all: no config.env of the person's gets in the way.
         command = [sys.executable, str(SCRIPT), "--config", os.devnull, *arguments]
-        status = subprocess.call(command, env=os.environ | sandbox.environment)
+        script = subprocess.Popen(command, env=os.environ | sandbox.environment)
+
+        def end(number: int, frame: object) -> NoReturn:
+            script.kill()
+            os._exit(128 + number)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, end)
+        status = script.wait()
     if status == 0xC000013A:  # Ctrl+C on Windows
         return 130
     # A process that signal N ended has the status -N here, and 128 + N in a shell.
@@ -422,9 +484,6 @@ def run_script(arguments: list[str]) -> int:
 
 def serve(redirect_uri: str) -> NoReturn:
     """Run the server alone, until Ctrl+C."""
-    # Without ' and \\, a shell and python-dotenv read it alike.
-    if redirect_uri and not re.fullmatch(r"https?://[!-&(-\[\]-~]+", redirect_uri):
-        sys.exit("Error: REDIRECT_URI should look like http://localhost:8080/oauth.")
     with Sandbox(redirect_uri, log=True) as sandbox:
         print("# A stand-in for sipgate, until Ctrl+C. Its configuration:")
         for key, value in sandbox.environment.items():
@@ -435,15 +494,23 @@ def serve(redirect_uri: str) -> NoReturn:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the script, too
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--serve", nargs="?", const="", metavar="REDIRECT_URI")
-    try:
-        if parser.parse_known_args()[0].serve is None:
-            return run_script(sys.argv[1:])
-        serve(parser.parse_args().serve)
-    except KeyboardInterrupt:
-        return 130
+    about = "Run sipgate_oauth.py against a sipgate on this computer: no account is needed."
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    serve_help = "run only the server, for a program of your own with this redirect URI"
+    parser.add_argument("--serve", nargs="?", const="", metavar="REDIRECT_URI", help=serve_help)
+    script = parser.add_argument_group("options of sipgate_oauth.py")
+    script.add_argument("--no-browser", action="store_true", help="do not open the browser")
+    script.add_argument("--timeout", metavar="SECONDS", type=float, help="wait for the login")
+    script.add_argument("--show-tokens", action="store_true", help="print tokens in full")
+    options = parser.parse_args()
+    # Without ' and \\, a shell and python-dotenv read it alike.
+    if options.serve and not re.fullmatch(r"https?://[!-&(-\[\]-~]+", options.serve):
+        parser.error("REDIRECT_URI should look like http://localhost:8080/oauth")
+    if options.serve is not None and (options.no_browser or options.timeout or options.show_tokens):
+        parser.error("--serve does not run sipgate_oauth.py: leave out its options")
+    if options.serve is None:
+        return run_script(sys.argv[1:])
+    serve(options.serve)
 
 
 if __name__ == "__main__":
