@@ -66,7 +66,7 @@ def log_in(options: argparse.Namespace) -> None:
         say(f"   Overridden by environment variables: {', '.join(overridden)}")
 
     # The state and the code verifier are new for each login, and have 256 random bits each (RFC
-    # 6749, section 10.10; RFC 7636, section 7.1). A web application keeps them for each user.
+    # 6749, section 10.12; RFC 7636, section 7.1). A web application keeps them for each browser.
     state = secrets.token_urlsafe(32)
     code_verifier = secrets.token_urlsafe(32)
     url = authorize_url(config, state, code_challenge_for(code_verifier))
@@ -147,8 +147,8 @@ def authorize_url(config: Config, state: str, code_challenge: str) -> str:
     precedence over them.
     """
     parameters = {
-        # Ask for a code. A token would come back in a URL, and could be used by everyone who finds
-        # it in a history or a log. A code alone is worthless (RFC 9700, section 2.1.2).
+        # Ask for a code. A token would come back in a URL, and everyone who finds it in a history
+        # or a log could use it (RFC 9700, section 2.1.2). A code alone is worthless.
         "response_type": "code",
         # Which program asks. The client secret must not be here: everyone can see this URL.
         "client_id": config["CLIENT_ID"],
@@ -184,7 +184,7 @@ def check_callback(query: str, state: str) -> dict[str, str]:
     """Return the parameters of the callback: a code or an error (RFC 6749, section 4.1.2).
 
     query: the part of the callback's URL after the ?
-    state: the state in the authorize URL
+    state: the state in the authorize URL; if it is empty, every callback is refused
     Raises CallbackRefused if this is not the callback of our login.
     """
     # An empty parameter counts as missing, and none may appear twice (RFC 6749, section 3.1).
@@ -277,9 +277,8 @@ def refresh_tokens(session: requests.Session, config: Config, tokens: Tokens) ->
     """
     old = tokens.get("refresh_token")
     if not old or not isinstance(old, str):
-        raise LoginError(
-            f"{urlsplit(config['TOKEN_URL']).netloc} sent no refresh token", NO_REFRESH_TOKEN
-        )
+        what = f"{urlsplit(config['TOKEN_URL']).netloc} sent no refresh token"
+        raise LoginError(what, NO_REFRESH_TOKEN, "invalid_grant")
     form = {
         "grant_type": "refresh_token",
         # sipgate rotates refresh tokens: each works once, and the response has a new one. If a
@@ -306,6 +305,9 @@ class LoginError(Exception):
     advice: str  # what to do next
     error: str = ""  # the error code (RFC 6749, sections 4.1.2.1, 5.2; RFC 6750, section 3.1)
 
+    def __str__(self) -> str:
+        return f"{self.what}. {self.advice}"
+
 
 class ConfigurationError(LoginError):
     """The login cannot begin."""
@@ -328,7 +330,8 @@ OLD_TAB = "If you used an old browser tab, open the URL above instead."
 STILL_WAITING = "The terminal is still waiting for the login. Open the URL that it shows."
 CANNOT_ASK = "The login server has to ask you: remove prompt=none from AUTH_URL and start again."
 CHECK_CLIENT = """Check CLIENT_ID and CLIENT_SECRET. If they are right, the login server may accept
-them only in a header: see "Another provider" in README.md."""
+them only in a header (see "Another provider" in README.md), or the client may not be allowed to use
+this kind of login (see its settings)."""
 # Advice by error code, of OAuth and of OpenID Connect
 ADVICE = {
     "access_denied": "Access was refused. To continue, start again and allow access.",
@@ -370,7 +373,8 @@ BROWSER_ERRORS = """If the browser shows an error:
 
 # --- Checks of the configuration ------------------------------------------------------------------
 
-# The loopback addresses of each host. A browser may use either address for localhost.
+# The loopback addresses of each host. A browser may use either one for localhost, which is why RFC
+# 8252, section 8.3, prefers 127.0.0.1. Use it if the login server lets you register it.
 LOOPBACK = {"localhost": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"], "::1": ["::1"]}
 
 
@@ -382,9 +386,10 @@ def check_config(config: Config, from_file: Mapping[str, str | None], path: Path
         advice = f"""Copy config.example.env to {path} and fill it in.
 If you have no sipgate account, try the sandbox: see "Try it now" in README.md."""
         # Windows hides the extension .txt. Some users fill in the example itself.
-        for other in (path.with_name(f"{path.name}.txt"), path.with_name("config.example.env")):
-            if other.is_file() and "YOUR_" not in other.read_text(errors="replace"):
-                advice = f"Rename {other} to {path.name}."
+        for name in (f"{path.name}.txt", "config.example.env"):
+            with contextlib.suppress(OSError):
+                if "YOUR_" not in path.with_name(name).read_text(errors="replace"):
+                    advice = f"Rename {path.with_name(name)} to {path.name}."
     else:
         problems = [f"{key} is missing or not filled in" for key in missing]
         advice = f"Correct this in {path}, or in the environment, which overrides the file."
@@ -487,7 +492,7 @@ def request_json(
 
     # Some servers explain an error only in a header (RFC 6750, section 3).
     header = response.headers.get("WWW-Authenticate", "")
-    challenge = dict(re.findall(r'(\w+)="([^"]*)"', header))
+    challenge = dict(re.findall(r'\b(\w+)="([^"]*)"', header))
     code = challenge.get("error") or statuses.get(response.status_code) or details.get("error")
     reason = describe(details) or describe(challenge)
     if response.is_redirect:
@@ -517,7 +522,7 @@ def describe(parameters: Mapping[str, Any]) -> str:
 def reason_of(failure: BaseException) -> str:
     """Return why a request failed. Only messages of the operating system and TLS are quoted: others
     may contain a secret, such as the password of a proxy."""
-    while failure.__context__:
+    while failure.__context__ and not isinstance(failure.__context__, LoginError):
         failure = failure.__context__
     if isinstance(failure, OSError) and not isinstance(failure, requests.RequestException):
         return str(failure)[:200]
@@ -540,7 +545,8 @@ def listen_for_callback(redirect_uri: str, check: Check) -> Iterator[Events]:
 
     check: returns the callback, given the part of a URL after the ?, or raises CallbackRefused
     Yields the queue of events. Raises ConfigurationError if this program cannot serve the redirect
-    URI, and LoginError if the port is not available.
+    URI, and LoginError if the port is not available. The thread that reads stdin ends with the
+    program, so what is typed later is lost.
     """
     uri = urlsplit(redirect_uri)
     if uri.scheme != "http" or uri.hostname not in LOOPBACK:
@@ -770,10 +776,11 @@ def show_request(method: str, url: str, parameters: Mapping[str, str] | None = N
 def show_response(response: requests.Response, show_tokens: bool) -> None:
     """Print a response: its status, the headers that explain an error, and its JSON."""
     say(f"   {status_line(response)}")
-    for name in ("Location", "WWW-Authenticate"):
-        if name in response.headers:
-            # Without the query of a Location, because it may contain a secret.
-            say(f"      {name}: {re.split('[?#]', response.headers[name])[0][:500]}")
+    if "Location" in response.headers:
+        url = re.split("[?#]", response.headers["Location"])[0]  # the rest may contain a secret
+        say(f"      Location: {url[:500]}")
+    if "WWW-Authenticate" in response.headers:
+        say(f"      WWW-Authenticate: {response.headers['WWW-Authenticate'][:500]}")
     try:
         content = masked(json.loads(response.content), "", show_tokens)
         say(*json.dumps(content, indent=2, ensure_ascii=False).split("\n"))
@@ -842,7 +849,8 @@ def discard_unprinted() -> None:
 def main() -> int:
     """Log in as the command line says, and return the exit status."""
     if not hasattr(sys, "ps1"):  # in a notebook, these handlers would change the notebook
-        # Ctrl+C ends the program at once, whatever it is waiting for.
+        # Ctrl+C ends the program at once, whatever it is waiting for. A program that stores tokens
+        # must not do this, because it could end between a refresh and the storing.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if sys.platform != "win32":
             # In the background, reading from the terminal fails instead of stopping the program.

@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 import sys
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -282,6 +283,29 @@ def test_an_error_is_told_as_the_server_explains_it(
     assert f" responded with {told}" in error.what
     assert error.advice.startswith(advice)
     assert "xyz" not in error.what
+
+
+def test_an_endless_header_of_words_is_no_trouble(server: OddServer) -> None:
+    header = f"WWW-Authenticate: {'x' * 60_000}"
+    server.answers["/token"] = [answer(b"", header, status="401 Unauthorized")]
+    began = time.monotonic()
+    failure(server.environment["TOKEN_URL"])
+    assert time.monotonic() - began < 5  # seconds; with a careless pattern, it takes 20
+
+
+def test_a_failure_after_another_error_has_its_own_reason(server: OddServer) -> None:
+    """As when a program asks again with a new token."""
+    server.answers["/account"] = [json_answer({}, "401 Unauthorized")]
+    session = requests.Session()
+    with pytest.raises(LoginError, match="refused"):
+        try:
+            ask(session, "TEST_API_ENDPOINT", server.environment["TEST_API_ENDPOINT"])
+        except LoginError:
+            ask(session, "TEST_API_ENDPOINT", "http://127.0.0.1:1")
+
+
+def test_an_error_is_a_sentence_for_those_who_print_it() -> None:
+    assert str(LoginError("It failed", "Start again.")) == "It failed. Start again."
 
 
 def test_a_wrong_realm_is_suggested_if_token_url_does_not_work(server: OddServer) -> None:
