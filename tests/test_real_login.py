@@ -121,6 +121,23 @@ def test_the_old_refresh_token_is_refused_after_the_login(
     assert refusal.json()["error"] == "invalid_grant"
 
 
+def test_the_logout_of_the_realm_ends_the_refresh_token(
+    begin: Begin, page: Page, keycloak: Keycloak
+) -> None:
+    script = begin("--show-tokens")
+    log_in(page, script)
+    assert script.status() == 0
+    *_, refresh_token = re.findall(r'"refresh_token": "(\S+)"', script.stdout)
+    known = keycloak.environment("")
+    form = {"client_id": known["CLIENT_ID"], "client_secret": known["CLIENT_SECRET"]}
+    form |= {"refresh_token": refresh_token}
+    logout = f"{keycloak.realm_url}/protocol/openid-connect/logout"
+    assert requests.post(logout, form, timeout=PATIENCE).ok
+    form |= {"grant_type": "refresh_token"}
+    refusal = requests.post(known["TOKEN_URL"], form, timeout=PATIENCE)
+    assert refusal.json()["error"] == "invalid_grant"
+
+
 # --- What Chromium does ---------------------------------------------------------------------------
 
 
