@@ -15,8 +15,6 @@ from sandbox import Sandbox
 from script import PATIENCE, WEB_APPLICATION, Script, answer_login_page, free_port, send
 from web_application import REFRESH_EARLY, User, create_app
 
-from sipgate_oauth import ConfigurationError
-
 Serve = Callable[..., Script]
 EXPIRED = json_answer({"message": "expired"}, "401 Unauthorized")
 THREADS = 20
@@ -340,9 +338,3 @@ def test_a_port_in_use_is_an_error(browser: Browser, environment: dict[str, str]
     with Script(*options, environment=environment, path=WEB_APPLICATION) as application:
         assert application.status() == 1
         assert application.stderr.startswith("Error: Cannot listen on port ")
-
-
-@pytest.mark.parametrize("path", ["", "/", "/login", "/logout"])
-def test_the_redirect_uri_has_a_path_of_its_own(server: OddServer, path: str) -> None:
-    with pytest.raises(ConfigurationError):
-        create_app(server.environment | {"REDIRECT_URI": f"http://localhost:8080{path}"})
