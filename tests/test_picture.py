@@ -21,7 +21,7 @@ def test_the_picture_says_what_the_program_and_the_login_page_say(
     assert script.status() == 0
     before, after = halves(script.stdout)
     shown = [str(it.text) for it in ElementTree.parse(PICTURE).iterfind(".//{*}desc")]
-    assert list(map(settled, shown)) == list(map(settled, [before, page, after])), ADVICE
+    assert settled("\n".join(shown)) == settled("\n".join([before, page, after])), ADVICE
 
 
 def test_the_terminals_in_the_picture_show_their_descriptions() -> None:
