@@ -4,12 +4,16 @@
 # ///
 """Log in to sipgate with OAuth 2.0, show the account, and refresh the tokens.
 
-The login is an authorization code grant (RFC 6749, section 4.1) with PKCE (RFC 7636). The login
-server redirects the user's browser to a small web server in this program, which listens on the
-loopback interface (RFC 8252, section 7.3). The function log_in takes six steps. Each step has a
-section of its own, and the supporting code comes after the last step.
+The user logs in to sipgate with the browser. The login server then redirects the browser to a small
+web server in this program, on the loopback interface, which only this computer can reach (RFC 8252,
+section 7.3). The browser brings a code, which the program exchanges for tokens: this is an
+authorization code grant (RFC 6749, section 4.1). PKCE (RFC 7636) ties the code to this program.
 
-1. Configuration    load_config     the client (this program, as sipgate knows it) and the servers
+The function log_in takes six steps. Each step has a section of its own, and the supporting code
+comes after the last step.
+
+1. Configuration    load_config     the client (this program, as sipgate knows it), and the URLs of
+                                    the login server and the API
 2. Authorize URL    authorize_url   where the user logs in with the browser
 3. Callback         check_callback  the browser comes back with an authorization code
 4. Code for tokens  exchange_code   the code is exchanged for an access and a refresh token
@@ -65,8 +69,9 @@ def log_in(options: argparse.Namespace) -> None:
     if overridden:
         say(f"   Overridden by environment variables: {', '.join(overridden)}")
 
-    # The state and the code verifier are new for each login, and have 256 random bits each (RFC
-    # 6749, section 10.12; RFC 7636, section 7.1). A web application keeps them for each browser.
+    # The state and the code verifier are new for each login and have 256 random bits each (RFC
+    # 6749, section 10.12; RFC 7636, section 7.1). A web application stores them in each browser's
+    # session.
     state = secrets.token_urlsafe(32)
     code_verifier = secrets.token_urlsafe(32)
     url = authorize_url(config, state, code_challenge_for(code_verifier))
@@ -74,7 +79,7 @@ def log_in(options: argparse.Namespace) -> None:
     def check(query: str) -> dict[str, str]:
         return check_callback(query, state)
 
-    # From here on, the browser can come back. Only a callback that passes the check ends the wait.
+    # Listen before the browser opens. Only a callback that passes the check ends the wait.
     with listen_for_callback(config["REDIRECT_URI"], check) as events:
         say("2. Authorize URL: open it in your browser and log in")
         show_request("GET", url)
@@ -99,7 +104,7 @@ def log_in(options: argparse.Namespace) -> None:
 
         # The first access token is still valid, so this refresh is only a demonstration. In your
         # own program, refresh shortly before the token expires (after expires_in seconds, as the
-        # response says), and store the new tokens at once, because the old ones stop working.
+        # response says). Store the new tokens at once, because the old refresh token stops working.
         say("6. Refresh: the refresh token is exchanged for a new pair of tokens")
         tokens = refresh_tokens(session, config, tokens)
         get_account(session, config, tokens["access_token"])
@@ -116,7 +121,7 @@ KEYS = (*CLIENT_KEYS, "REDIRECT_URI", "AUTH_URL", "TOKEN_URL", "TEST_API_ENDPOIN
 def load_config(path: Path) -> tuple[Config, list[str]]:
     """Read the configuration from a file and from environment variables, which override the file.
 
-    path: a file of KEY=value lines like config.example.env; it may be missing
+    path: a file of KEY=value lines like config.example.env; it need not exist
     Returns the values by key, and a list of the keys whose value in the file was overridden.
     Raises ConfigurationError (a LoginError), which names every key with a missing or wrong value.
     """
@@ -143,12 +148,13 @@ def load_config(path: Path) -> tuple[Config, list[str]]:
 def authorize_url(config: Config, state: str, code_challenge: str) -> str:
     """Return the URL that the user opens to log in (RFC 6749, section 4.1.1).
 
-    Further parameters, such as prompt=consent, may follow a ? in AUTH_URL. Those below take
-    precedence over them.
+    Further parameters, such as prompt=consent, may follow a ? in AUTH_URL. If one of them is also
+    set here, the value here is used.
     """
     parameters = {
-        # Ask for a code. A token would come back in a URL, and everyone who finds it in a history
-        # or a log could use it (RFC 9700, section 2.1.2). A code alone is worthless.
+        # Ask for a code. A token would come back in a URL, and anyone who finds it in a history or
+        # a log could use it (RFC 9700, section 2.1.2). The code comes back in a URL, too, but is
+        # worthless without the code verifier and the client secret.
         "response_type": "code",
         # Which program asks. The client secret must not be here: everyone can see this URL.
         "client_id": config["CLIENT_ID"],
@@ -157,11 +163,11 @@ def authorize_url(config: Config, state: str, code_challenge: str) -> str:
         "redirect_uri": config["REDIRECT_URI"],
         # What the program asks to be allowed to do. The user has to agree.
         "scope": config["OAUTH_SCOPE"],
-        # Comes back in the callback, and shows that it belongs to this login: see check_callback.
+        # Comes back in the callback, and shows that the callback belongs to this login.
         "state": state,
         # A hash of the code verifier. Only a program that knows the verifier can use the code.
         "code_challenge": code_challenge,
-        # How it was hashed. The alternative, "plain", would put the verifier into this URL.
+        # How the verifier was hashed. The alternative, "plain", would put it into this URL.
         "code_challenge_method": "S256",
     }
     address, _, query = config["AUTH_URL"].partition("?")
@@ -195,9 +201,9 @@ def check_callback(query: str, state: str) -> dict[str, str]:
     if not parameters.keys() & {"code", "error", "state"}:
         raise CallbackRefused(400, "This is not a login response.")
 
-    # Any web page can send the browser here with a code, for example to log you in to the account
-    # of an attacker. But no web page knows our state (RFC 6749, section 10.12). The comparison
-    # takes the same time for every guess. It compares bytes, because it rejects non-ASCII text.
+    # Any web page can send the browser here with a code, for example to log you in to an
+    # attacker's account. But no web page knows our state (RFC 6749, section 10.12). compare_digest
+    # takes the same time for every guess. It gets bytes, because it rejects non-ASCII text.
     received = parameters.get("state", "")
     if not state or not secrets.compare_digest(received.encode(), state.encode()):
         raise StateMismatch(403, FOREIGN_STATE)
@@ -234,13 +240,13 @@ def exchange_code(
     form = {
         # What the client exchanges for tokens: here, a code; in step 6, a refresh token.
         "grant_type": "authorization_code",
-        # Stands for the permission of the user. It works only once, and expires within a minute.
+        # Stands for the user's permission. It works only once, and expires within a minute.
         "code": code,
         # Fits the code challenge, and so proves that this program began the login.
         "code_verifier": code_verifier,
-        # Is compared with the one in the authorize URL, for which the code was issued.
+        # Must equal the one in the authorize URL: the code was issued for this redirect URI only.
         "redirect_uri": config["REDIRECT_URI"],
-        # Identifies the client. Everyone can know it, so it proves nothing.
+        # Identifies the client. It is public, so it proves nothing.
         "client_id": config["CLIENT_ID"],
         # Proves that this is the client. A program that you give to others must not contain a
         # secret (RFC 8252, section 8.5). Register it as a public client, which has none.
@@ -257,8 +263,8 @@ def get_account(session: requests.Session, config: Config, access_token: str) ->
 
     If the `error` of the LoginError is "invalid_token", refresh the tokens and try again once.
     """
-    # Bearer: the API lets in whoever has this token. That is why it goes into a header and not
-    # into the URL, because URLs end up in logs (RFC 6750, sections 2.1 and 2.3).
+    # Bearer: the API lets in whoever has this token. So it goes into a header and not into the
+    # URL, because URLs end up in logs (RFC 6750, sections 2.1 and 2.3).
     headers = {"Authorization": f"Bearer {access_token}"}
     statuses = {401: "invalid_token", 403: "insufficient_scope"}  # RFC 6750, section 3.1
     return request_json(
@@ -282,10 +288,10 @@ def refresh_tokens(session: requests.Session, config: Config, tokens: Tokens) ->
     form = {
         "grant_type": "refresh_token",
         # sipgate rotates refresh tokens: each works once, and the response has a new one. If a
-        # thief uses it too, whoever comes second is refused (RFC 9700, section 4.14.2).
+        # thief uses the same token, whoever comes second is refused (RFC 9700, section 4.14.2).
         "refresh_token": old,
         "client_id": config["CLIENT_ID"],
-        # A thief of the refresh token would need this as well.
+        # Someone who stole the refresh token would need this as well.
         "client_secret": config["CLIENT_SECRET"],
     }
     new_tokens = request_tokens(session, config, form)
@@ -332,7 +338,7 @@ CANNOT_ASK = "The login server has to ask you: remove prompt=none from AUTH_URL 
 CHECK_CLIENT = """Check CLIENT_ID and CLIENT_SECRET. If they are right, the login server may accept
 them only in a header (see "Another provider" in README.md), or the client may not be allowed to use
 this kind of login (see its settings)."""
-# Advice by error code, of OAuth and of OpenID Connect
+# Advice for the error codes of OAuth and OpenID Connect
 ADVICE = {
     "access_denied": "Access was refused. To continue, start again and allow access.",
     "consent_required": CANNOT_ASK,
@@ -349,7 +355,7 @@ separated by spaces.""",
 Check TEST_API_ENDPOINT and start again.""",
     "unauthorized_client": CHECK_CLIENT,
 }
-# Advice on all other errors, by the key of the endpoint
+# Advice for all other errors, by the key of the endpoint
 CHECK = {
     "TOKEN_URL": """Check TOKEN_URL: it must not be the same as AUTH_URL. At sipgate, it contains
 the realm of your client (sipgate-apps or third-party). If it is right, try again later.""",
@@ -361,12 +367,12 @@ REQUESTS_CA_BUNDLE (the certificates of a company's proxy), SSLKEYLOGFILE."""
 NO_REFRESH_TOKEN = """There is nothing to refresh: log in again when the access token has expired.
 Some login servers send a refresh token if you add offline_access to OAUTH_SCOPE. Others also need
 ?prompt=consent at the end of AUTH_URL."""
-OTHER_PORT = """Stop the program that uses this port. Or put another port above 1023 into
-REDIRECT_URI (without one, it is 80), and register the new URI for your client."""
+OTHER_PORT = """Stop the program that uses this port. Or use another port, above 1023, in
+REDIRECT_URI (the default is 80), and register the new URI for your client."""
 BROWSER_ERRORS = """If the browser shows an error:
-- "Client not found": check CLIENT_ID, and the realm in AUTH_URL and TOKEN_URL. The console shows
-  whether your client is in sipgate-apps or in third-party.
-- "Invalid parameter: redirect_uri": add REDIRECT_URI to your client at console.sipgate.com.
+- "Client not found": check CLIENT_ID, and the realm in AUTH_URL and TOKEN_URL. At
+  console.sipgate.com, you see whether your client is in sipgate-apps or in third-party.
+- "Invalid parameter: redirect_uri": add REDIRECT_URI to your client there.
 - "405" or "Method Not Allowed": AUTH_URL and TOKEN_URL may be mixed up.
 - Any other error: check CLIENT_ID, REDIRECT_URI and OAUTH_SCOPE."""
 
@@ -374,7 +380,7 @@ BROWSER_ERRORS = """If the browser shows an error:
 # --- Checks of the configuration ------------------------------------------------------------------
 
 # The loopback addresses of each host. A browser may use either one for localhost, which is why RFC
-# 8252, section 8.3, prefers 127.0.0.1. Use it if the login server lets you register it.
+# 8252, section 8.3, prefers 127.0.0.1. Use that if the login server lets you register it.
 LOOPBACK = {"localhost": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"], "::1": ["::1"]}
 
 
@@ -398,7 +404,7 @@ If you have no sipgate account, try the sandbox: see "Try it now" in README.md."
         if problem:
             problems.append(f"{key} {problem}")
     for name in from_file:
-        # An unknown name is printed only if it is almost right: it may be a part of a secret.
+        # An unknown name is printed only if it is almost right. It may be part of a secret.
         similar = difflib.get_close_matches(name.upper(), missing, cutoff=0.9)
         if name not in KEYS and similar and re.fullmatch("[A-Za-z_-]+", name):
             problems.append(f"{name} is not a known key (did you mean {similar[0]}?)")
@@ -433,11 +439,11 @@ def problem_with(key: str, value: str) -> str:
 def request_tokens(session: requests.Session, config: Config, form: dict[str, str]) -> Tokens:
     """Send a form to the token endpoint and return its response.
 
-    The `scope` in it may be narrower than the requested one (RFC 6749, section 5.1): compare them.
-    Raises LoginError, also if the token is not a bearer token (RFC 6749, section 7.1).
+    Its `scope` may be narrower than the requested one (RFC 6749, section 5.1): compare them.
+    Raises LoginError, including when the token is not a bearer token (RFC 6749, section 7.1).
     """
     # RFC 6749, section 2.3.1, recommends sending the client ID and the secret in a header (HTTP
-    # Basic). sipgate documents them in the form.
+    # Basic). sipgate's documentation puts them into the form.
     response = request_json(session, "POST", config, "TOKEN_URL", form=form)
     tokens: Tokens = response if isinstance(response, dict) else {}
     host = urlsplit(config["TOKEN_URL"]).netloc
@@ -461,7 +467,7 @@ def request_json(
     """Send a request and return the JSON object or list in the response. Raises LoginError.
 
     key: the key of the endpoint in the configuration
-    statuses: the OAuth error code for each HTTP status that stands for one at this endpoint
+    statuses: the OAuth error codes that HTTP statuses mean at this endpoint
     """
     host = urlsplit(config[key]).netloc
     try:
@@ -471,7 +477,7 @@ def request_json(
             data=form,
             # Without Accept, some servers respond with a form instead of JSON.
             headers={"Accept": "application/json", **headers},
-            # Without auth, requests would replace our Authorization by a password from ~/.netrc.
+            # Without auth, requests would replace our header with a password from ~/.netrc.
             auth=lambda request: request,
             timeout=10,  # seconds to connect, and seconds of silence during the response
             allow_redirects=False,  # the secrets are meant for this URL only
@@ -502,13 +508,17 @@ def request_json(
         code = None
         reason = "the response is not JSON; it may come from a firewall or a proxy"
     elif not reason:
-        reason = "the response has no JSON" if succeeded else "the response gives no reason"
+        reason = (
+            "the response contains no JSON object or list"
+            if succeeded
+            else "the response gives no reason"
+        )
     what = f"{host} responded with {status_line(response)}: {reason}"
     raise LoginError(what, ADVICE.get(str(code), CHECK[key]), str(code or ""))
 
 
 def status_line(response: requests.Response) -> str:
-    """Return the status code and a reason phrase, which the server may have left out."""
+    """Return the status code and its reason phrase, even if the server left it out."""
     phrase = response.reason or http.client.responses.get(response.status_code, "")
     return f"{response.status_code} {phrase[:100]}".rstrip()
 
@@ -520,8 +530,8 @@ def describe(parameters: Mapping[str, Any]) -> str:
 
 
 def reason_of(failure: BaseException) -> str:
-    """Return why a request failed. Only messages of the operating system and TLS are quoted: others
-    may contain a secret, such as the password of a proxy."""
+    """Return why a request failed. Only messages from the operating system and TLS are quoted:
+    others may contain a secret, such as the password of a proxy."""
     while failure.__context__ and not isinstance(failure.__context__, LoginError):
         failure = failure.__context__
     if isinstance(failure, OSError) and not isinstance(failure, requests.RequestException):
@@ -533,7 +543,7 @@ def reason_of(failure: BaseException) -> str:
 
 Callback = dict[str, str]  # what check_callback returns
 Check = Callable[[str], Callback]
-# What happens during the wait: our callback, one with another state, or a text for the user
+# What happens during the wait: our callback, one with a wrong state, or a text for the user
 Events = queue.SimpleQueue[Callback | StateMismatch | str]
 PAGE = "<!DOCTYPE html><title>Login</title><h1>%(message)s</h1><p>%(explain)s</p>"
 HINT_AFTER = 30  # seconds without a callback
@@ -546,7 +556,7 @@ def listen_for_callback(redirect_uri: str, check: Check) -> Iterator[Events]:
     check: returns the callback, given the part of a URL after the ?, or raises CallbackRefused
     Yields the queue of events. Raises ConfigurationError if this program cannot serve the redirect
     URI, and LoginError if the port is not available. The thread that reads stdin ends with the
-    program, so what is typed later is lost.
+    program, so a line that is typed later is lost.
     """
     uri = urlsplit(redirect_uri)
     if uri.scheme != "http" or uri.hostname not in LOOPBACK:
@@ -585,7 +595,7 @@ def start_thread(target: Callable[..., None], *arguments: Any) -> None:
 
 
 def wait_for_callback(events: Events, timeout: float) -> Callback:
-    """Return the first callback, and print what the user should know before it arrives.
+    """Return the first callback, and print hints and warnings until it arrives.
 
     timeout: seconds. Raises LoginError if there is no callback by then.
     """
@@ -596,7 +606,7 @@ def wait_for_callback(events: Events, timeout: float) -> Callback:
         now = time.monotonic()
         if now >= deadline:
             advice = f"Start again. For more time, use --timeout. {BROWSER_ERRORS}"
-            raise LoginError(f"The browser did not come back in {timeout:g} seconds", advice)
+            raise LoginError(f"The browser did not come back within {timeout:g} seconds", advice)
         if now >= hint_due:
             warn(*BROWSER_ERRORS.split("\n"))
             hint_due = deadline
@@ -612,8 +622,9 @@ def wait_for_callback(events: Events, timeout: float) -> Callback:
 
 
 class CallbackServer(socketserver.ThreadingTCPServer):
-    """Listens on one loopback address. Each connection has a thread, because browsers open some
-    that they do not use. (An HTTPServer would look up the name of this computer, which is slow.)"""
+    """Listens on one loopback address. Each connection gets its own thread, because browsers open
+    connections that they do not use. (HTTPServer would look up this computer's name: that is slow.)
+    """
 
     daemon_threads = True  # so that no connection can keep the program from ending
     request_queue_size = 128  # connections
@@ -643,7 +654,7 @@ class CallbackHandler(BaseHTTPRequestHandler):
         except ValueError:
             self.send_error(400)
             return
-        # A request line without a version (HTTP/0.9) may be cut off, and its code with it.
+        # A request line without a version (HTTP/0.9) may have been cut off inside the code.
         if (target.path or "/") != self.server.path or self.request_version == "HTTP/0.9":
             self.send_error(404, "This is not the redirect URI.", STILL_WAITING)
             return
@@ -671,8 +682,8 @@ class CallbackHandler(BaseHTTPRequestHandler):
         self.wfile.write(page.encode())
 
     def end_headers(self) -> None:
-        """Add headers to each page, which then loads nothing, is not cached, and does not reveal
-        its URL, which contains the code."""
+        """Add headers that keep a page from loading anything, being cached, or revealing its URL,
+        which contains the code."""
         self.send_header("Content-Security-Policy", "default-src 'none'")
         self.send_header("Cache-Control", "no-store")
         self.send_header("Referrer-Policy", "no-referrer")
@@ -700,12 +711,12 @@ def read_pasted(check: Check, events: Events) -> None:
         except CallbackRefused as refused:
             events.put(f"{refused.reason} Log in first, then paste the whole URL.")
         if number == 20:
-            events.put("None of 20 lines was the URL. What you type is now ignored.")
+            events.put("None of the 20 lines was the callback. Further input is ignored.")
             return
 
 
 def lines_of_stdin() -> Iterator[bytes]:
-    """Yield the lines of stdin. Yield nothing if stdin is closed or is not a file."""
+    """Yield the lines of stdin. Yield nothing if stdin is closed or has no file descriptor."""
     try:
         stdin = sys.stdin.fileno()
     except (AttributeError, OSError, ValueError):
@@ -713,7 +724,7 @@ def lines_of_stdin() -> Iterator[bytes]:
     unfinished = b""
     while True:
         try:
-            # All at once, because a Windows console may cut a line that is read in single bytes.
+            # In one call, because a Windows console may cut a line that is read byte by byte.
             typed = os.read(stdin, 65536)
         except OSError:  # while the program is in the background of a terminal
             time.sleep(1)
@@ -742,7 +753,7 @@ def open_browser(url: str) -> None:
             env=environment,  # without the client secret
             start_new_session=True,  # so that Ctrl+C does not end the browser
         )
-        browser.returncode = 0  # or Python would warn that it is still running
+        browser.returncode = 0  # otherwise, Python would warn that it is still running
 
 
 # --- Output ---------------------------------------------------------------------------------------
@@ -790,7 +801,7 @@ def show_response(response: requests.Response, show_tokens: bool) -> None:
 
 
 def masked(value: Any, name: str, show_tokens: bool = False) -> Any:
-    """Return a value, or JSON, with secrets cut short. The names decide what is a secret.
+    """Return a value, or JSON, with secrets cut short. Names decide what counts as secret.
 
     show_tokens: whether tokens stay as they are
     """
@@ -834,7 +845,7 @@ def printable(line: str) -> str:
 def discard_unprinted() -> None:
     """Let Python end quietly even if stdout or stderr has failed.
 
-    At the end, Python flushes both. If that failed, it would print an error and change the status.
+    At exit, Python flushes both. If that fails, it prints an error and changes the exit status.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -847,16 +858,16 @@ def discard_unprinted() -> None:
 
 
 def main() -> int:
-    """Log in as the command line says, and return the exit status."""
-    if not hasattr(sys, "ps1"):  # in a notebook, these handlers would change the notebook
+    """Log in with the options of the command line, and return the exit status."""
+    if not hasattr(sys, "ps1"):  # in a notebook, these handlers would affect all of it
         # Ctrl+C ends the program at once, whatever it is waiting for. A program that stores tokens
-        # must not do this, because it could end between a refresh and the storing.
+        # must not do this, because it could end between a refresh and storing the tokens.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if sys.platform != "win32":
             # In the background, reading from the terminal fails instead of stopping the program.
             signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for output without Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without Unicode
     try:
         log_in(parse_arguments())
         return 0

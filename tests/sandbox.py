@@ -9,7 +9,7 @@
 #     "waitress>=3.0.2,<4",
 # ]
 # ///
-"""A sipgate on this computer: see sipgate_oauth.py at work without an account.
+"""A stand-in for sipgate on this computer: see sipgate_oauth.py at work without an account.
 
     python tests/sandbox.py [options of sipgate_oauth.py]
     python tests/sandbox.py --serve [REDIRECT_URI]
@@ -28,7 +28,7 @@ import signal
 import sys
 
 if __name__ == "__main__":
-    # Ctrl+C ends the sandbox at once, also while it loads. (See run_script for later.)
+    # Ctrl+C ends the sandbox at once, even while it loads. (See run_script for later.)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -56,7 +56,7 @@ try:
     from flask import Flask, Response, jsonify, render_template_string, request
     from joserfc import jwt
     from joserfc.jwk import RSAKey
-    from waitress import create_server, wasyncore  # type: ignore[import-untyped] # it has none
+    from waitress import create_server, wasyncore  # type: ignore[import-untyped] # it has no type hints
 except ImportError as error:
     sys.exit(f'Error: {error}. Use the command under "Try it now" in README.md.')
 
@@ -83,7 +83,7 @@ BAD_CLIENT = "Invalid client or Invalid client credentials"
 
 @dataclass
 class Login(rfc6749.AuthorizationCodeMixin, rfc6749.TokenMixin):
-    """A login, and until when each code and token is valid that it was given."""
+    """A login, and until when each code and token issued for it is valid."""
 
     redirect_uri: str
     scope: str
@@ -153,8 +153,8 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
     check_response_type = check_grant_type
 
     def use_up(self, kind: str, secret: str, refusal: str) -> Login:
-        """Look a code or a refresh token up, and end all that its login was given so far, so that
-        its second use, of which one is a thief's, ends what came of the first (RFC 6749, section
+        """Look up a code or a refresh token, and invalidate everything issued for its login. So a
+        second use, which may be a thief's, also ends what the first one obtained (RFC 6749, section
         4.1.2; RFC 9700, section 4.14.2). Raises InvalidGrantError."""
         for login in self.logins:
             if (kind, secret) in login.valid_until:
@@ -180,7 +180,7 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
 
 
 class CodeGrant(rfc6749.AuthorizationCodeGrant):
-    """Authorization code in, tokens out: RFC 6749, section 4.1. A user is their session's name."""
+    """Authorization code in, tokens out (RFC 6749, section 4.1). A session id names the user."""
 
     server: LoginServer
 
@@ -202,14 +202,14 @@ class CodeGrant(rfc6749.AuthorizationCodeGrant):
         return self.server.use_up("code", code, "Code not valid")
 
     def delete_authorization_code(self, authorization_code: Login) -> None:
-        """Nothing is left to do: it is used up."""
+        """Nothing is left to do: use_up has invalidated it."""
 
     def authenticate_user(self, authorization_code: Login) -> str:
         return authorization_code.session_state
 
 
 class RequiredS256(rfc7636.CodeChallenge):
-    """PKCE, RFC 7636. Authlib lets a confidential client go without, and allows `plain`."""
+    """PKCE, RFC 7636. Authlib lets a confidential client omit PKCE, and allows `plain`."""
 
     SUPPORTED_CODE_CHALLENGE_METHOD = ["S256"]
 
@@ -236,7 +236,7 @@ class RefreshGrant(rfc6749.RefreshTokenGrant):
         return self.server.use_up("refresh token", refresh_token, "Invalid refresh token")
 
     def revoke_old_credential(self, refresh_token: Any) -> None:
-        """Nothing is left to do: it is used up."""
+        """Nothing is left to do: use_up has invalidated it."""
 
     def authenticate_user(self, refresh_token: Any) -> str:
         return str(refresh_token.session_state)
@@ -268,7 +268,7 @@ def explain(outcome: str, redirect_uri: str) -> str:
     if request.endpoint == "token" and request.mimetype != FORM:
         return f"The body is {request.mimetype or 'of no type'}: it should be a form ({FORM})"
     if "unauthorized_client" in outcome and header and header.password == CLIENT_SECRET:
-        return "Form-encode id and secret before they go into the header (RFC 6749, section 2.3.1)"
+        return "Form-encode the id and the secret before they go into the header (RFC 6749, 2.3.1)"
     for pattern, name, expected in EXPECTED:
         if re.search(pattern, outcome):
             problem = "wrong" if sent.get(name) or (header and "client" in name) else "missing"
@@ -279,9 +279,9 @@ def explain(outcome: str, redirect_uri: str) -> str:
     if len(sent["code_challenge"]) != 43:
         return f"No code_verifier will fit this code_challenge: it should be {CODE_CHALLENGE}"
     if sent.get("answer") == "wrong-state":
-        return "The state in it is wrong: if a token request follows, the state was not checked"
+        return "The state in the redirect is wrong: if a token request follows, it was not checked"
     if not sent.get("state"):
-        return "No state was sent: without it, a program also accepts a callback that is forged"
+        return "No state was sent: without it, a program cannot recognize a forged callback"
     return ""
 
 
@@ -311,7 +311,7 @@ def create_app(server: LoginServer) -> Flask:
     @app.route(f"{REALM}/protocol/openid-connect/auth", methods=["GET", "POST"])
     def authorize() -> Any:
         grant = server.get_consent_grant()  # type: ignore[no-untyped-call] # untyped stub
-        if request.method != "POST":  # which comes to the same address, parameters and all
+        if request.method != "POST":  # the form posts to the same URL
             return render_template_string(PAGE, title="Sandbox login page", grant=grant)
         allowed = request.form.get("answer") in ("allow", "wrong-state")
         session = secrets.token_hex(16) if allowed else None
@@ -342,7 +342,7 @@ def create_app(server: LoginServer) -> Flask:
             return page, f"400 {error.description}"
         return server.handle_response(*error())
 
-    # Authlib fails so on what is not UTF-8, or where its error description cannot quote it.
+    # Authlib raises ValueError for input that is not UTF-8, or that it cannot quote.
     app.register_error_handler(ValueError, lambda error: ("Invalid request", 400))
     return app
 
@@ -360,8 +360,8 @@ def outcome_of(response: Response) -> str:
 
 def listen(first_port: int, with_callback: bool) -> socket.socket:
     """Listen on 127.0.0.1 at first_port or, if it is taken, two higher, and so on. (0 is any port.)
-    with_callback: take a port only if the one below it is free, which is for the callback. Other
-    sandboxes leave that one alone, because their server would need the port that this one has."""
+    with_callback: take a port only if the one below, for the callback, is free, too. No other
+    sandbox uses that one, because its server would need the port that this one has."""
     for port in range(first_port, 65536, 2):
         with contextlib.suppress(OSError):
             listener = socket.create_server(("127.0.0.1", port))
@@ -393,8 +393,8 @@ class Sandbox:
     In: the redirect URI to register (by default, with the port below the server's), the port to
     listen at (0 is any free one; see listen), lifetimes in seconds, and whether to print a line for
     each request.
-    Out: `environment`, the variables for sipgate_oauth.py; for tests `connections`, how many the
-    requests came on, and `exchanges`, how many codes gave tokens.
+    Out: `environment`, the variables for sipgate_oauth.py; for tests `connections`, how many
+    connections were used, and `exchanges`, how many codes gave tokens.
     """
 
     redirect_uri: str = ""
@@ -423,7 +423,7 @@ class Sandbox:
         self._ports: set[str] = set()
         app = create_app(LoginServer(self))
         app.after_request(self._note)
-        # The terminal is sipgate_oauth.py's, and the server would warn that a request waits.
+        # Keep waitress's warnings about waiting requests out of sipgate_oauth.py's terminal.
         logging.getLogger("waitress").setLevel(logging.CRITICAL)
         self._sockets: dict[int, Any] = {}
         # One thread gives one answer at a time, so that nothing needs a lock.
@@ -465,7 +465,7 @@ def run_script(arguments: list[str]) -> int:
     with Sandbox() as sandbox:
         print(f"Sandbox: a stand-in for sipgate, at {sandbox.url}. No account is needed.")
         print("For a program of your own: repeat with --serve", flush=True)
-        # The environment has it all: no config.env of the person's gets in the way.
+        # All values are in the environment, so the user's config.env cannot interfere.
         command = [sys.executable, str(SCRIPT), "--config", os.devnull, *arguments]
         script = subprocess.Popen(command, env=os.environ | sandbox.environment)
 
@@ -494,13 +494,15 @@ def serve(redirect_uri: str) -> NoReturn:
 
 
 def main() -> int:
-    about = "Run sipgate_oauth.py against a sipgate on this computer: no account is needed."
+    about = "Run sipgate_oauth.py against a stand-in for sipgate. No account is needed."
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     serve_help = "run only the server, for a program of your own with this redirect URI"
     parser.add_argument("--serve", nargs="?", const="", metavar="REDIRECT_URI", help=serve_help)
     script = parser.add_argument_group("options of sipgate_oauth.py")
     script.add_argument("--no-browser", action="store_true", help="do not open the browser")
-    script.add_argument("--timeout", metavar="SECONDS", type=float, help="wait for the login")
+    script.add_argument(
+        "--timeout", metavar="SECONDS", type=float, help="how long to wait for the login"
+    )
     script.add_argument("--show-tokens", action="store_true", help="print tokens in full")
     options = parser.parse_args()
     # Without ' and \\, a shell and python-dotenv read it alike.

@@ -343,7 +343,7 @@ def test_a_port_that_may_not_be_used_is_an_error(monkeypatch: pytest.MonkeyPatch
         pass
     bind.assert_called_once_with(("127.0.0.1", 80))
     assert error.value.what == "Cannot listen on port 80 of 127.0.0.1: Permission denied"
-    assert "another port above 1023" in error.value.advice
+    assert "another port, above 1023" in error.value.advice
 
 
 @pytest.mark.parametrize(
@@ -420,7 +420,7 @@ def test_after_a_while_errors_in_the_browser_are_explained_once(
 ) -> None:
     assert program.HINT_AFTER == 30  # seconds
     monkeypatch.setattr(program, "HINT_AFTER", 0.01)
-    with pytest.raises(LoginError, match=r"The browser did not come back in 0\.1 seconds"):
+    with pytest.raises(LoginError, match=r"The browser did not come back within 0\.1 seconds"):
         wait_for_callback(SimpleQueue(), 0.1)
     assert capsys.readouterr() == ("", f"{program.BROWSER_ERRORS}\n")
 
@@ -430,7 +430,7 @@ def test_without_a_callback_the_wait_ends_and_errors_in_the_browser_are_explaine
 ) -> None:
     script = start("--timeout=0.1", **sandbox.environment)
     assert script.status() == 1
-    assert script.stderr.startswith("Error: The browser did not come back in 0.1 seconds.\n")
+    assert script.stderr.startswith("Error: The browser did not come back within 0.1 seconds.\n")
     assert script.stderr.endswith(f" {program.BROWSER_ERRORS}\n")
     for key in ("CLIENT_ID", "REDIRECT_URI", "OAUTH_SCOPE", "third-party", "sipgate-apps"):
         assert key in program.BROWSER_ERRORS

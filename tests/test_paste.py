@@ -45,7 +45,7 @@ AS_COPIED = {
     "only the query": b"?" + QUERY + b"\n",
 }
 ADVICE = "Log in first, then paste the whole URL."
-TOO_MANY = "None of 20 lines was the URL. What you type is now ignored."
+TOO_MANY = "None of the 20 lines was the callback. Further input is ignored."
 # What is not the address, and the reason that is told.
 WRONG = {
     "an empty line": (b"", f"This is not a login response. {ADVICE}"),

@@ -208,7 +208,7 @@ EXPLANATIONS: list[tuple[str, Changes, str]] = [
     (
         "login",
         {},
-        "No state was sent: without it, a program also accepts a callback that is forged",
+        "No state was sent: without it, a program cannot recognize a forged callback",
     ),
     ("exchange", {"client_id": None}, "client_id is missing: it should be sandbox"),
     ("exchange", {"client_id": "x"}, "client_id is wrong: it should be sandbox"),
@@ -276,7 +276,7 @@ def test_a_secret_that_is_not_encoded_in_a_header_is_explained(
     form = {"grant_type": "authorization_code", "code": "x"}
     user = (config["CLIENT_ID"], config["CLIENT_SECRET"])
     assert send("POST", config["TOKEN_URL"], data=form, auth=user).status_code == 401
-    assert last_line(capsys, "POST").startswith("Form-encode id and secret before they go into the")
+    assert last_line(capsys, "POST").startswith("Form-encode the id and the secret before")
 
 
 def test_no_secret_is_printed(
@@ -341,7 +341,7 @@ def test_a_wrong_state_is_explained(
 ) -> None:
     answer_login_page(authorize_url(printing_sandbox.environment, state="s"), "wrong-state")
     assert last_line(capsys, "POST").startswith(
-        "The state in it is wrong: if a token request follows"
+        "The state in the redirect is wrong: if a token request follows"
     )
 
 
@@ -435,7 +435,7 @@ def test_a_wrong_argument_is_a_usage_error_of_the_sandbox(run: Run, arguments: s
 def test_the_options_of_the_script_are_passed_on(run: Run) -> None:
     script = run("--no-browser", "--timeout", "0.1")
     assert script.status() == 1
-    assert "in 0.1 seconds" in script.stderr
+    assert "within 0.1 seconds" in script.stderr
 
 
 @posix_only

@@ -386,7 +386,7 @@ def test_a_login_among_strays_causes_no_warning(sandbox: Sandbox, start: Start) 
 def test_a_time_out_causes_no_warning(sandbox: Sandbox, start: Start) -> None:
     script = start("--timeout=0.1", **sandbox.environment, **DEVELOPMENT)
     assert script.status() == 1
-    assert script.stderr.startswith("Error: The browser did not come back in 0.1 seconds.\n")
+    assert script.stderr.startswith("Error: The browser did not come back within 0.1 seconds.\n")
     assert "Warning" not in script.stderr
 
 

@@ -4,7 +4,7 @@
     python tests/web_application.py --config FILE    log in at sipgate with the values of this file
 
 A command-line program logs one user in, once. A web application has many users at the same time,
-and keeps them logged in. What follows from that is explained where it is done. The pages:
+and keeps them logged in. Comments explain the consequences. The pages:
 
     GET  /               the user's account, or a link to log in
     GET  /login          sends the browser to sipgate
@@ -26,7 +26,7 @@ from urllib.parse import urljoin, urlsplit
 
 import requests
 from flask import Flask, redirect, render_template_string, request
-from waitress import create_server  # type: ignore[import-untyped] # it has none
+from waitress import create_server  # type: ignore[import-untyped] # it has no type hints
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the folder of sipgate_oauth.py
 import sipgate_oauth as oauth  # noqa: E402
@@ -61,7 +61,9 @@ class User:
         """Replace the tokens, and note when to refresh them."""
         expires_in = tokens.get("expires_in")
         if not isinstance(expires_in, (int, float)):
-            expires_in = math.inf  # Some servers do not send it. Then only a 401 tells.
+            expires_in = (
+                math.inf
+            )  # Some servers do not send it. Then only a 401 shows that it has expired.
         self.tokens = tokens
         self.refresh_at = time.monotonic() + expires_in - REFRESH_EARLY
 
@@ -104,7 +106,7 @@ def create_app(config: oauth.Config) -> Flask:
     users: dict[str, User] = {}
 
     def page(title: str, text: str, user: User | None = None) -> str:
-        # Flask escapes the text, because servers and other web pages have a say in it.
+        # Flask escapes the text, because servers and other web pages can supply parts of it.
         return render_template_string(PAGE, title=title, text=text, user=user)
 
     def redirect_with_cookie(url: str, name: str, value: str) -> Any:
@@ -114,8 +116,8 @@ def create_app(config: oauth.Config) -> Flask:
             value,
             httponly=True,  # Scripts cannot read it.
             secure=uri.scheme == "https",  # It is not sent unencrypted, except on this computer.
-            # It is not sent with a form of another site (see /logout), but when the browser returns
-            # from sipgate to the callback. "Strict" would prevent that, too.
+            # It is not sent with a form of another site (see /logout), but it is sent when sipgate
+            # redirects the browser to the callback. "Strict" would block that as well.
             samesite="Lax",
         )
         return response
@@ -145,7 +147,7 @@ def create_app(config: oauth.Config) -> Flask:
 
     @app.get(uri.path)
     def callback() -> Any:
-        # The state must be that of this browser. If it has begun no login, any state is refused.
+        # The state must be that of this browser. If it has begun no login, every state is refused.
         login_id = request.cookies.get("login", "")
         login = logins.get(login_id)
         query = request.query_string.decode("ascii", "replace")
@@ -163,7 +165,7 @@ def create_app(config: oauth.Config) -> Flask:
         users.pop(request.cookies.get("user", ""), None)
         user_id = secrets.token_urlsafe(32)
         users[user_id] = User(config, tokens)
-        # The redirect removes the code from the address bar. It contains no host, and so it also
+        # The redirect removes the code from the address bar. Its target has no host, so it also
         # works behind a proxy.
         return redirect_with_cookie("/", "user", user_id)
 
@@ -188,7 +190,7 @@ def create_app(config: oauth.Config) -> Flask:
     def add_headers(response: Any) -> Any:
         response.headers["Cache-Control"] = "no-store"  # Nobody else may see the page later.
         response.headers["Referrer-Policy"] = "no-referrer"  # The callback's address has a code.
-        # No page loads anything, and none can be put into a frame, to trick the user into a click.
+        # Pages load nothing, and cannot be framed (which could trick the user into a click).
         response.headers["Content-Security-Policy"] = "default-src 'none'; frame-ancestors 'none'"
         return response
 
@@ -226,7 +228,7 @@ def main() -> None:
             config, _ = oauth.load_config(options.config)
             serve(config, options.port)
         else:
-            from sandbox import Sandbox  # here, because only the sandbox needs what it imports
+            from sandbox import Sandbox  # imported here, because only the sandbox needs it
 
             with Sandbox(redirect_uri=f"http://localhost:{options.port or 8080}/oauth") as sandbox:
                 serve(sandbox.environment, options.port)
