@@ -12,8 +12,7 @@ authorization code grant (RFC 6749, section 4.1). PKCE (RFC 7636) ties the code 
 The function log_in takes six steps. Each step has a section of its own, and the supporting code
 comes after the last step.
 
-1. Configuration    load_config     the client (this program, as sipgate knows it), and the URLs of
-                                    the login server and the API
+1. Configuration    load_config     the client (this program, as sipgate knows it), and all URLs
 2. Authorize URL    authorize_url   where the user logs in with the browser
 3. Callback         check_callback  the browser comes back with an authorization code
 4. Code for tokens  exchange_code   the code is exchanged for an access and a refresh token
@@ -125,17 +124,7 @@ def load_config(path: Path) -> tuple[Config, list[str]]:
     Returns the values by key, and a list of the keys whose value in the file was overridden.
     Raises ConfigurationError (a LoginError), which names every key with a missing or wrong value.
     """
-    from_file: Mapping[str, str | None] = {}
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            # Without interpolation, because a secret may contain a dollar sign.
-            from_file = dotenv_values(stream=file, interpolate=False)
-    except FileNotFoundError:
-        pass  # The environment may have all the values.
-    except (OSError, UnicodeError) as error:
-        advice = f"{path} must be a readable UTF-8 text file, like config.example.env."
-        raise ConfigurationError(f"Cannot read the configuration: {error}", advice) from error
-
+    from_file = read_config_file(path)
     config = {key: os.environ.get(key, from_file.get(key)) or "" for key in KEYS}
     overridden = [key for key in KEYS if key in from_file and config[key] != from_file[key]]
     check_config(config, from_file, path)
@@ -377,11 +366,24 @@ BROWSER_ERRORS = """If the browser shows an error:
 - Any other error: check CLIENT_ID, REDIRECT_URI and OAUTH_SCOPE."""
 
 
-# --- Checks of the configuration ------------------------------------------------------------------
+# --- The configuration file, and what is wrong with it --------------------------------------------
 
 # The loopback addresses of each host. A browser may use either one for localhost, which is why RFC
 # 8252, section 8.3, prefers 127.0.0.1. Use that if the login server lets you register it.
 LOOPBACK = {"localhost": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"], "::1": ["::1"]}
+
+
+def read_config_file(path: Path) -> Mapping[str, str | None]:
+    """Return what the file contains: nothing if there is no file. Raises ConfigurationError."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            # Without interpolation, because a secret may contain a dollar sign.
+            return dotenv_values(stream=file, interpolate=False)
+    except FileNotFoundError:  # The environment may have all the values.
+        return {}
+    except (OSError, UnicodeError) as error:
+        advice = f"{path} must be a readable UTF-8 text file, like config.example.env."
+        raise ConfigurationError(f"Cannot read the configuration: {error}", advice) from error
 
 
 def check_config(config: Config, from_file: Mapping[str, str | None], path: Path) -> None:
@@ -570,11 +572,8 @@ def listen_for_callback(redirect_uri: str, check: Check) -> Iterator[Events]:
             try:
                 server = CallbackServer(address, uri, check, events)
             except OSError as error:
-                no_ipv6 = ":" in address and error.errno in (
-                    errno.EADDRNOTAVAIL,
-                    errno.EAFNOSUPPORT,
-                )
-                if no_ipv6 and uri.hostname == "localhost":
+                no_ipv6 = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+                if no_ipv6 and ":" in address and uri.hostname == "localhost":
                     continue  # the browser has no IPv6 either
                 what = f"Cannot listen on port {uri.port or 80} of {address}: {error.strerror}"
                 raise LoginError(what, OTHER_PORT) from error
