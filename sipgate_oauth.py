@@ -427,11 +427,12 @@ def problem_with(key: str, value: str) -> str:
         is_url = uri.scheme in ("http", "https") and uri.hostname and uri.port != 0
     except ValueError:  # for example, for a port above 65535
         is_url = False
+    example = "http://localhost:8080/oauth" if key == "REDIRECT_URI" else "https://host/path"
     if not is_url or not value.isascii() or set(value) & set(' #\\"<>^`{|}') or "@" in uri.netloc:
-        example = "http://localhost:8080/oauth" if key == "REDIRECT_URI" else "https://host/path"
         return f"is not a URL like {example} (without spaces, user name, or #)"
+    # The client secret and the tokens must not leave this computer unencrypted.
     if uri.scheme == "http" and uri.hostname not in LOOPBACK:
-        return "must begin with https, because http would send secrets unencrypted"
+        return f"is not a URL like {example} (plain http is only for localhost)"
     return ""
 
 
@@ -502,21 +503,20 @@ def request_json(
     header = response.headers.get("WWW-Authenticate", "")
     challenge = dict(re.findall(r'\b(\w+)="([^"]*)"', header))
     code = challenge.get("error") or statuses.get(response.status_code) or details.get("error")
-    reason = describe(details) or describe(challenge)
+    advice = ADVICE.get(str(code), CHECK[key])
+    reason = describe(details) or describe(challenge) or "the response gives no reason"
     if response.is_redirect:
-        code = None
         reason = "redirects are not followed, so that no secret is sent to another address"
     elif content is None and response.content and not challenge:
         code = None
-        reason = "the response is not JSON; it may come from a firewall or a proxy"
-    elif not reason:
-        reason = (
-            "the response contains no JSON object or list"
-            if succeeded
-            else "the response gives no reason"
+        reason = "the response is not JSON"
+        advice = (
+            f"{CHECK[key]}\nA firewall or a proxy may also have answered instead of the server."
         )
+    elif succeeded and not details:
+        reason = "the response contains no JSON object or list"
     what = f"{host} responded with {status_line(response)}: {reason}"
-    raise LoginError(what, ADVICE.get(str(code), CHECK[key]), str(code or ""))
+    raise LoginError(what, advice, str(code or ""))
 
 
 def status_line(response: requests.Response) -> str:

@@ -53,7 +53,7 @@ try:
     from authlib.integrations.flask_oauth2 import AuthorizationServer
     from authlib.oauth2 import OAuth2Error, rfc6749, rfc6750, rfc7636
     from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
-    from flask import Flask, Response, jsonify, render_template_string, request
+    from flask import Flask, Response, g, jsonify, render_template_string, request
     from joserfc import jwt
     from joserfc.jwk import RSAKey
     from waitress import create_server, wasyncore  # type: ignore[import-untyped] # it has no type hints
@@ -89,6 +89,7 @@ class Login(rfc6749.AuthorizationCodeMixin, rfc6749.TokenMixin):
     scope: str
     code_challenge: str
     session_state: str
+    has_wrong_state: bool
     code_challenge_method: str = "S256"
     valid_until: dict[tuple[str, str], float] = field(default_factory=dict)
 
@@ -171,6 +172,7 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
         login.give("access token", token["access_token"], expires_in)
         login.give("refresh token", token["refresh_token"], refresh_expires_in)
         self.sandbox.exchanges += oauth.authorization_code is not None
+        g.state_was_not_checked = login.has_wrong_state
         token |= {"expires_in": expires_in, "refresh_expires_in": refresh_expires_in}
         token |= {"token_type": "bearer", "session_state": login.session_state}
         now = int(time.time())
@@ -194,7 +196,8 @@ class CodeGrant(rfc6749.AuthorizationCodeGrant):
 
     def save_authorization_code(self, code: str, oauth: Any) -> None:
         form = oauth.payload.data
-        login = Login(form["redirect_uri"], oauth.scope, form["code_challenge"], oauth.user)
+        wrong = request.form.get("answer") == "wrong-state"
+        login = Login(form["redirect_uri"], oauth.scope, form["code_challenge"], oauth.user, wrong)
         login.give("code", code, self.server.sandbox.code_lifetime)
         self.server.logins.append(login)
 
@@ -247,7 +250,7 @@ class RefreshGrant(rfc6749.RefreshTokenGrant):
 CODE_CHALLENGE = "the SHA-256 of the code_verifier in base64url: 43 characters, no = at the end"
 # A pattern for the words of a refusal, the parameter to correct, and what it should be.
 EXPECTED = [
-    ("Client not found|invalid_client", "client_id", CLIENT_ID),
+    ("Client not found|client_id|invalid_client", "client_id", CLIENT_ID),
     ("unauthorized_client", "client_secret", "the CLIENT_SECRET printed at the start"),
     ("redirect_uri", "redirect_uri", "{redirect_uri}"),
     ("response_type", "response_type", "code"),
@@ -265,6 +268,10 @@ EXPECTED = [
 def explain(outcome: str, redirect_uri: str) -> str:
     """Return what is wrong with this request and how to correct it, or an empty text."""
     header, sent = request.authorization, request.values
+    if not request.endpoint:
+        return "There is nothing at this address: use those that were printed at the start"
+    if g.get("state_was_not_checked"):
+        return "The code came with a wrong state: the program did not check it"
     if request.endpoint == "token" and request.mimetype != FORM:
         return f"The body is {request.mimetype or 'of no type'}: it should be a form ({FORM})"
     if "unauthorized_client" in outcome and header and header.password == CLIENT_SECRET:
@@ -337,9 +344,10 @@ def create_app(server: LoginServer) -> Flask:
     def refuse(error: OAuth2Error) -> Any:
         if request.endpoint == "authorize" and not error.redirect_uri:
             # Nobody is sent to an address that is not the client's (RFC 6749, section 4.1.2.1).
-            explanation = explain(error.description, server.sandbox.redirect_uri)
-            page = render_template_string(PAGE, title=error.description, explanation=explanation)
-            return page, f"400 {error.description}"
+            title = error.description or str(error.error)
+            explanation = explain(title, server.sandbox.redirect_uri)
+            page = render_template_string(PAGE, title=title, explanation=explanation)
+            return page, f"400 {title}"
         return server.handle_response(*error())
 
     # Authlib raises ValueError for input that is not UTF-8, or that it cannot quote.
@@ -488,7 +496,7 @@ def serve(redirect_uri: str) -> NoReturn:
         print("# A stand-in for sipgate, until Ctrl+C. Its configuration:")
         for key, value in sandbox.environment.items():
             print(f"{key}={shlex.quote(value)}")
-        print("# The requests:", flush=True)
+        print("# On the login page, try each of the three buttons. The requests:", flush=True)
         while True:
             time.sleep(3600)
 

@@ -119,7 +119,7 @@ def test_the_example_has_the_values_of_sipgate_and_lacks_only_the_client() -> No
 
 UNSEEN = "begins or ends with a space, or contains an invisible character"
 QUOTED = "is enclosed in quotation marks: remove them"
-HTTP = "must begin with https, because http would send secrets unencrypted"
+HTTP = "is not a URL like {} (plain http is only for localhost)"
 # What is odd about a value of any key, and the problem.
 ANY_VALUE = {
     "nothing": ("{good}", ""),
@@ -184,7 +184,7 @@ def test_a_url_is_accepted_or_refused_with_the_reason(key: str) -> None:
     example = "http://localhost:8080/oauth" if key == "REDIRECT_URI" else "https://host/path"
     for problem, urls in {
         "": GOOD_URLS,
-        HTTP: UNENCRYPTED,
+        HTTP.format(example): UNENCRYPTED,
         f"is not a URL like {example} (without spaces, user name, or #)": NOT_URLS,
     }.items():
         for odd, url in urls.items():
@@ -213,7 +213,7 @@ def test_a_missing_file_and_a_wrong_value_are_both_told(
     monkeypatch.setenv("AUTH_URL", "http://example.com/")
     what, _ = refusal(tmp_path / "config.env")
     assert what.startswith("There is no ")
-    assert what.endswith(f"TEST_API_ENDPOINT; AUTH_URL {HTTP}")
+    assert what.endswith(f"TEST_API_ENDPOINT; AUTH_URL {HTTP.format('https://host/path')}")
 
 
 def test_a_name_that_windows_has_lengthened_is_noticed(tmp_path: Path) -> None:

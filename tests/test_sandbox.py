@@ -189,6 +189,7 @@ SCOPES = "account:read balance:read numbers:read openid users:read"
 # What is done wrong, at which step, and what the sandbox prints beside the refusal.
 EXPLANATIONS: list[tuple[str, Changes, str]] = [
     ("login", {"client_id": "x"}, "client_id is wrong: it should be sandbox"),
+    ("login", {"client_id": None}, "client_id is missing: it should be sandbox"),
     ("login", {"redirect_uri": None}, f"redirect_uri is missing: it should be {REDIRECT_URI}"),
     ("login", {"redirect_uri": "x"}, f"redirect_uri is wrong: it should be {REDIRECT_URI}"),
     ("login", {"response_type": "x"}, "response_type is wrong: it should be code"),
@@ -317,6 +318,22 @@ def test_a_wrong_state_is_explained(
     )
 
 
+def test_a_state_that_is_not_checked_is_told_at_the_token_request(
+    printing_sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = printing_sandbox.environment
+    callback = answer_login_page(authorize_url(config, state="s"), "wrong-state")
+    exchange(config, code=dict(parse_qsl(urlsplit(callback).query))["code"])
+    expected = "The code came with a wrong state: the program did not check it"
+    assert last_line(capsys, "POST") == expected
+
+
+def test_an_authorize_url_without_parameters_is_explained(sandbox: Sandbox) -> None:
+    page = send("GET", sandbox.environment["AUTH_URL"])
+    assert page.status_code == 400
+    assert "should be" in page.text
+
+
 def test_the_script_notices_the_wrong_state(run: Run) -> None:
     script = run("--no-browser")
     assert log_in(script, "wrong-state").status_code == 403
@@ -357,7 +374,7 @@ posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no 
 
 def test_serve_prints_a_configuration_that_programs_can_read(run: Run) -> None:
     script = run("--serve", "http://localhost:1/a?b=&c")
-    script.until("# The requests:")
+    script.until("The requests:")
     config = dotenv_values(stream=io.StringIO(script.stdout), interpolate=False)
     assert config["REDIRECT_URI"] == "http://localhost:1/a?b=&c"
     assert shlex.split(script.stdout, comments=True) == [f"{k}={v}" for k, v in config.items()]
@@ -365,15 +382,16 @@ def test_serve_prints_a_configuration_that_programs_can_read(run: Run) -> None:
 
 def test_serve_prints_a_line_for_each_request_and_escapes_it(run: Run) -> None:
     script = run("--serve")
-    script.until("# The requests:")
+    script.until("The requests:")
     config: Config = dotenv_values(stream=io.StringIO(script.stdout), interpolate=False)
     send("GET", authorize_url(config, client_id="x"))
     send("GET", config["TEST_API_ENDPOINT"] + "/%1b%0a")  # would steer the terminal
     script.until("NOT FOUND")
-    assert script.stdout.partition("# The requests:\n")[2].splitlines() == [
+    assert script.stdout.partition("The requests:\n")[2].splitlines() == [
         "GET /auth/realms/third-party/protocol/openid-connect/auth: 400 Client not found. "
         "client_id is wrong: it should be sandbox",
-        r"GET /v2/account/\x1b\n: 404 NOT FOUND",
+        r"GET /v2/account/\x1b\n: 404 NOT FOUND. "
+        "There is nothing at this address: use those that were printed at the start",
     ]
 
 

@@ -247,7 +247,7 @@ EXPLAINED_ERRORS = {
     "with a web page": (
         answer(b"<h1>Blocked</h1>", status="403 Forbidden"),
         "   403 Forbidden\n   (16 bytes that are not JSON)\n",
-        "403 Forbidden: the response is not JSON; it may come from a firewall or a proxy",
+        "403 Forbidden: the response is not JSON",
         "Check",
     ),
     "without a reason phrase": (

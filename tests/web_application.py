@@ -208,9 +208,8 @@ def serve(config: oauth.Config, port: int | None) -> None:
     try:
         listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        raise oauth.LoginError(
-            f"Cannot listen on port {port}: {error}", oauth.OTHER_PORT
-        ) from error
+        advice = "Stop the program that uses this port, or choose another with --port."
+        raise oauth.LoginError(f"Cannot listen on port {port}: {error}", advice) from error
     # Waitress logs no requests. Flask's own server (app.run) would log each code and state.
     server = create_server(app, sockets=[listener])
     home = urljoin(config["REDIRECT_URI"], "/")
