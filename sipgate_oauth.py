@@ -45,7 +45,6 @@ import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -292,28 +291,36 @@ def refresh_tokens(session: requests.Session, config: Config, tokens: Tokens) ->
 # --- Errors, and what to do about them ------------------------------------------------------------
 
 
-@dataclass(eq=False)
 class LoginError(Exception):
-    """The login cannot continue."""
+    """The login cannot continue.
 
-    what: str  # what happened, and where
-    advice: str  # what to do next
-    error: str = ""  # the error code (RFC 6749, sections 4.1.2.1, 5.2; RFC 6750, section 3.1)
+    what: what happened, and where
+    advice: what to do next
+    error: the error code (RFC 6749, sections 4.1.2.1 and 5.2; RFC 6750, section 3.1), or ""
+    """
 
-    def __str__(self) -> str:
-        return f"{self.what}. {self.advice}"
+    def __init__(self, what: str, advice: str, error: str = "") -> None:
+        super().__init__(f"{what}. {advice}")
+        self.what = what
+        self.advice = advice
+        self.error = error
 
 
 class ConfigurationError(LoginError):
     """The login cannot begin."""
 
 
-@dataclass(eq=False)
 class CallbackRefused(Exception):
-    """A request is not the callback of our login."""
+    """A request is not the callback of our login.
 
-    status: int  # the HTTP status to answer with
-    reason: str  # what is wrong with it
+    status: the HTTP status to answer with
+    reason: what is wrong with the request
+    """
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
 
 
 class StateMismatch(CallbackRefused):
