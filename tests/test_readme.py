@@ -236,7 +236,12 @@ TEXTS = [
 OF_OTHERS = {
     *("No module named 'requests'", "externally-managed-environment"),  # Python and pip
     "certificate verify failed: unable to get local issuer certificate",  # OpenSSL
-    *("git clone", "sudo apt install python3-venv", "unset CLIENT_SECRET"),  # commands
+    *(
+        "git clone",
+        "copy config.example.env config.env",
+        "sudo apt install python3-venv",
+        "unset CLIENT_SECRET",
+    ),  # commands
     *("ssh -L 8080:localhost:8080 server", "-L 8081:localhost:8081"),
     *("-._~", "audience", "http://127.0.0.1:8000"),  # an alphabet, a parameter, an address
     "protocol/openid-connect/logout",  # of Keycloak: see test_real_login.py
