@@ -103,7 +103,8 @@ def log_in(options: argparse.Namespace) -> None:
         # The first access token is still valid, so this refresh is only a demonstration. In your
         # own program, refresh shortly before the token expires (after expires_in seconds, as the
         # response says). Store the new tokens at once, because the old refresh token stops working.
-        say("6. Refresh: the refresh token is exchanged for a new pair of tokens")
+        say("6. Refresh: the refresh token is exchanged for a new pair of tokens. sipgate then")
+        say("   invalidates the old pair.")
         tokens = refresh_tokens(session, config, tokens)
         get_account(session, config, tokens["access_token"])
     say("Done: the login and the refresh worked, and the API accepted both access tokens.")
