@@ -903,9 +903,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--show-tokens", action="store_true", help="print the tokens in responses in full"
     )
-    options = parser.parse_args()
-    if not 0 < options.timeout <= 86400:
-        parser.error("--timeout must be greater than 0 and at most 86400 seconds (a day)")
+    try:
+        options = parser.parse_args()
+        if not 0 < options.timeout <= 86400:
+            parser.error("--timeout must be greater than 0 and at most 86400 seconds (a day)")
+    except (AttributeError, OSError):  # from older Pythons, if stderr is closed or full
+        sys.exit(2)
     return options
 
 
