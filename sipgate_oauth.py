@@ -4,16 +4,17 @@
 # ///
 """Log in to sipgate with OAuth 2.0, show the account, and refresh the tokens.
 
-The user logs in to sipgate with the browser. The login server then redirects the browser to a small
+The user logs in to sipgate in the browser. The login server then redirects the browser to a small
 web server in this program, on the loopback interface, which only this computer can reach (RFC 8252,
 section 7.3). The browser brings a code, which the program exchanges for tokens: this is an
-authorization code grant (RFC 6749, section 4.1). PKCE (RFC 7636) ties the code to this program.
+authorization code grant (RFC 6749, section 4.1). PKCE (Proof Key for Code Exchange, RFC 7636) ties
+the code to this program.
 
 The function log_in takes six steps. Each step has a section of its own, and the supporting code
 comes after the last step.
 
 1. Configuration    load_config     the client (this program, as sipgate knows it), and all URLs
-2. Authorize URL    authorize_url   where the user logs in with the browser
+2. Authorize URL    authorize_url   where the user logs in, in the browser
 3. Callback         check_callback  the browser comes back with an authorization code
 4. Code for tokens  exchange_code   the code is exchanged for an access and a refresh token
 5. Account          get_account     the access token gives access to the API
@@ -101,8 +102,8 @@ def log_in(options: argparse.Namespace) -> None:
         get_account(session, config, tokens["access_token"])
 
         # The first access token is still valid, so this refresh is only a demonstration. In your
-        # own program, refresh shortly before the token expires (after expires_in seconds, as the
-        # response says). Store the new tokens at once, because the old refresh token stops working.
+        # own program, refresh shortly before expires_in seconds (see the response) have passed.
+        # Store the new tokens at once, because the old refresh token stops working.
         say("6. Refresh: the refresh token is exchanged for a new pair of tokens. sipgate then")
         say("   invalidates the old pair.")
         tokens = refresh_tokens(session, config, tokens)
@@ -145,7 +146,7 @@ def authorize_url(config: Config, state: str, code_challenge: str) -> str:
         # a log could use it (RFC 9700, section 2.1.2). The code comes back in a URL, too, but is
         # worthless without the code verifier and the client secret.
         "response_type": "code",
-        # Which program asks. The client secret must not be here: everyone can see this URL.
+        # Which program asks. The client secret must not be here: browsers and logs keep this URL.
         "client_id": config["CLIENT_ID"],
         # Where to send the browser with the code. Exactly this URI must be registered for the
         # client: the login server sends the code nowhere else.
@@ -192,7 +193,7 @@ def check_callback(query: str, state: str) -> dict[str, str]:
 
     # Any web page can send the browser here with a code, for example to log you in to an
     # attacker's account. But no web page knows our state (RFC 6749, section 10.12). compare_digest
-    # takes the same time for every guess. It gets bytes, because it rejects non-ASCII text.
+    # takes the same time for every guess. Both values are bytes, because it rejects non-ASCII text.
     received = parameters.get("state", "")
     if not state or not secrets.compare_digest(received.encode(), state.encode()):
         raise StateMismatch(403, FOREIGN_STATE)
@@ -231,7 +232,7 @@ def exchange_code(
         "grant_type": "authorization_code",
         # Stands for the user's permission. It works only once, and expires within a minute.
         "code": code,
-        # Fits the code challenge, and so proves that this program began the login.
+        # Matches the code challenge, and so proves that this program began the login.
         "code_verifier": code_verifier,
         # Must equal the one in the authorize URL: the code was issued for this redirect URI only.
         "redirect_uri": config["REDIRECT_URI"],
@@ -279,6 +280,7 @@ def refresh_tokens(session: requests.Session, config: Config, tokens: Tokens) ->
         # sipgate rotates refresh tokens: each works once, and the response has a new one. If a
         # thief uses the same token, whoever comes second is refused (RFC 9700, section 4.14.2).
         "refresh_token": old,
+        # The refresh token was issued to this client only.
         "client_id": config["CLIENT_ID"],
         # Someone who stole the refresh token would need this as well.
         "client_secret": config["CLIENT_SECRET"],
@@ -365,10 +367,10 @@ NO_REFRESH_TOKEN = """There is nothing to refresh: log in again when the access 
 Some login servers send a refresh token if you add offline_access to OAUTH_SCOPE. Others also need
 ?prompt=consent at the end of AUTH_URL."""
 OTHER_PORT = """Stop the program that uses this port. Or use another port, above 1023, in
-REDIRECT_URI (the default is 80), and register the new URI for your client."""
+REDIRECT_URI (without a port, it is 80), and register the new URI for your client."""
 BROWSER_ERRORS = """If the browser shows an error:
 - "Client not found": check CLIENT_ID, and the realm in AUTH_URL and TOKEN_URL. At
-  console.sipgate.com, you see whether your client is in sipgate-apps or in third-party.
+  console.sipgate.com, you can see whether your client is in sipgate-apps or in third-party.
 - "Invalid parameter: redirect_uri": add REDIRECT_URI to your client there.
 - "405" or "Method Not Allowed": AUTH_URL and TOKEN_URL may be mixed up.
 - Any other error: check CLIENT_ID, REDIRECT_URI and OAUTH_SCOPE."""
@@ -376,8 +378,8 @@ BROWSER_ERRORS = """If the browser shows an error:
 
 # --- The configuration file, and what is wrong with it --------------------------------------------
 
-# The loopback addresses of each host. A browser may use either one for localhost, which is why RFC
-# 8252, section 8.3, prefers 127.0.0.1. Use that if the login server lets you register it.
+# The loopback addresses of each host. A browser may use either one for localhost. RFC 8252, section
+# 8.3, prefers 127.0.0.1, which does not depend on name resolution. Use that if you can register it.
 LOOPBACK = {"localhost": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"], "::1": ["::1"]}
 
 
@@ -478,7 +480,7 @@ def request_json(
     """Send a request and return the JSON object or list in the response. Raises LoginError.
 
     key: the key of the endpoint in the configuration
-    statuses: the OAuth error codes that HTTP statuses mean at this endpoint
+    statuses: the OAuth error code for each HTTP status at this endpoint
     """
     host = urlsplit(config[key]).netloc
     try:
@@ -566,7 +568,7 @@ def listen_for_callback(redirect_uri: str, check: Check) -> Iterator[Events]:
     check: returns the callback, given the part of a URL after the ?, or raises CallbackRefused
     Yields the queue of events. Raises ConfigurationError if this program cannot serve the redirect
     URI, and LoginError if the port is not available. The thread that reads stdin ends with the
-    program, so a line that is typed later is lost.
+    program, so a line that is typed after the block is lost.
     """
     uri = urlsplit(redirect_uri)
     if uri.scheme != "http" or uri.hostname not in LOOPBACK:
