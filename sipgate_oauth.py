@@ -734,7 +734,7 @@ def lines_of_stdin() -> Iterator[bytes]:
     while True:
         try:
             # In one call, because a Windows console may cut a line that is read byte by byte.
-            typed = os.read(stdin, 65536)
+            typed = os.read(stdin, 16384)  # bytes
         except OSError:  # while the program is in the background of a terminal
             time.sleep(1)
             continue

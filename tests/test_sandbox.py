@@ -350,10 +350,9 @@ def test_the_callbacks_port_is_the_one_below_the_servers() -> None:
         assert sandbox.redirect_uri == f"http://localhost:{port - 1}/oauth"
 
 
+@pytest.mark.skipif(not ipv6_works(), reason="this machine has no IPv6")
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_pair_whose_callback_port_is_taken_is_skipped(host: str) -> None:
-    if host == "::1" and not ipv6_works():
-        pytest.skip("no IPv6 here")
     family = socket.AF_INET6 if host == "::1" else socket.AF_INET
     with socket.create_server((host, 0), family=family) as other:
         taken = other.getsockname()[1]
