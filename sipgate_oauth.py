@@ -409,7 +409,8 @@ If you have no sipgate account, try the sandbox: see "Try it now" in README.md."
                 if "YOUR_" not in path.with_name(name).read_text(errors="replace"):
                     advice = f"Rename {path.with_name(name)} to {path.name}."
     else:
-        problems = [f"{key} is missing or not filled in" for key in missing]
+        verb = "is" if len(missing) == 1 else "are"
+        problems = [f"{', '.join(missing)} {verb} missing or not filled in"] if missing else []
         advice = f"Correct this in {path}, or in the environment, which overrides the file."
     for key in KEYS:
         problem = "" if key in missing else problem_with(key, config[key])
