@@ -521,9 +521,7 @@ def request_json(
     elif content is None and response.content and not challenge:
         code = None
         reason = "the response is not JSON"
-        advice = (
-            f"{CHECK[key]}\nA firewall or a proxy may also have answered instead of the server."
-        )
+        advice = f"{CHECK[key]}\nA firewall or a proxy may have answered instead of the server."
     elif succeeded and not details:
         reason = "the response contains no JSON object or list"
     what = f"{host} responded with {status_line(response)}: {reason}"
