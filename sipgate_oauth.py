@@ -34,6 +34,7 @@ import errno
 import hashlib
 import html
 import http.client
+import importlib
 import io
 import json
 import os
@@ -52,8 +53,7 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 try:
-    import ssl  # noqa: F401 - some Pythons are built without it, and https needs it
-
+    importlib.import_module("ssl")  # https needs it, and some Pythons are built without it
     import requests
     from dotenv import dotenv_values
 except ImportError as missing:

@@ -56,7 +56,7 @@ try:
     from flask import Flask, Response, g, jsonify, render_template_string, request
     from joserfc import jwt
     from joserfc.jwk import RSAKey
-    from waitress import create_server, wasyncore  # type: ignore[import-untyped] # it has no type hints
+    from waitress import create_server, wasyncore  # type: ignore[import-untyped] # no type hints
 except ImportError as error:
     sys.exit(f'Error: {error}. Use the command under "Try it now" in README.md.')
 
@@ -317,7 +317,7 @@ def create_app(server: LoginServer) -> Flask:
 
     @app.route(f"{REALM}/protocol/openid-connect/auth", methods=["GET", "POST"])
     def authorize() -> Any:
-        grant = server.get_consent_grant()  # type: ignore[no-untyped-call] # untyped stub
+        grant = server.get_consent_grant()  # type: ignore[no-untyped-call] # untyped in the stubs of Authlib
         if request.method != "POST":  # the form posts to the same URL
             return render_template_string(PAGE, title="Sandbox login page", grant=grant)
         allowed = request.form.get("answer") in ("allow", "wrong-state")

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -158,6 +159,14 @@ class Script:
         for reader in self._readers:
             reader.join(PATIENCE)
         return status
+
+    def error(self, *secrets: str) -> str:
+        """Wait for the failure of the script, and return its error: just one, without secrets."""
+        assert self.status() == 1
+        assert self.stderr.startswith("Error: ")
+        assert re.findall("^Error: |Traceback", self.stderr, re.MULTILINE) == ["Error: "]
+        assert [it for it in secrets if it in self.stdout + self.stderr] == []
+        return self.stderr
 
     def __enter__(self) -> "Script":
         return self

@@ -432,7 +432,7 @@ def test_without_a_callback_the_wait_ends_and_errors_in_the_browser_are_explaine
     assert script.status() == 1
     assert script.stderr.startswith("Error: The browser did not come back within 0.1 seconds.\n")
     assert script.stderr.endswith(f" {program.BROWSER_ERRORS}\n")
-    for key in ("CLIENT_ID", "REDIRECT_URI", "OAUTH_SCOPE", "third-party", "sipgate-apps"):
+    for key in ("CLIENT_ID", "REDIRECT_URI", "OAUTH_SCOPE", "third-party", "sipgate-apps", "405"):
         assert key in program.BROWSER_ERRORS
 
 
