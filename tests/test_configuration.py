@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from dotenv import dotenv_values
 from odd_server import OddServer
-from script import ROOT, SCRIPT, Script
+from script import ROOT, SCRIPT, Script, free_port
 
 from sipgate_oauth import KEYS, ConfigurationError, load_config, problem_with
 
@@ -93,6 +93,7 @@ def test_step_1_names_the_keys_that_the_environment_overrides(start: Start, file
 def test_step_1_says_nothing_of_an_environment_that_overrides_nothing(
     start: Start, file: Path
 ) -> None:
+    file.write_text(lines(REDIRECT_URI=f"http://127.0.0.1:{free_port()}/oauth"))
     script = start(f"--config=~/{file.name}")  # the home folder is tmp_path
     script.until("2. Authorize URL")
     assert "environment" not in script.stdout
