@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,9 +11,16 @@ import pytest
 from keycloak import Keycloak
 from odd_server import OddServer
 from playwright.sync_api import Browser, Page, sync_playwright
-from providers import PASSWORD, USERNAME, Provider, running
+from providers import Provider, running
 from sandbox import Sandbox
 from script import WEB_APPLICATION, Script, clean_environment, free_port
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Without pytest-xdist (-p no:xdist), accept and ignore its options in .pytest.ini."""
+    if not pluginmanager.hasplugin("xdist"):
+        parser.addoption("--numprocesses")
+        parser.addoption("--dist")
 
 
 def pytest_configure() -> None:
@@ -45,13 +51,6 @@ def keycloak() -> Iterator[Keycloak]:
         pytest.skip("no Keycloak: unpack https://www.keycloak.org/downloads to KEYCLOAK_HOME")
     with Keycloak(Path(home)) as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-def django() -> Iterator[Provider]:
-    """A real django-oauth-toolkit, with one client: "example"."""
-    with running(sys.executable, "django_server.py", USERNAME, PASSWORD) as provider:
-        yield provider
 
 
 @pytest.fixture(scope="session")
@@ -96,11 +95,19 @@ def start(environment: dict[str, str]) -> Iterator[Callable[..., Script]]:
     with ExitStack() as scripts:
 
         def start_script(
-            *options: str, python: tuple[str, ...] = (), path: Path | None = None, **variables: str
+            *options: str,
+            python: tuple[str, ...] = (),
+            path: Path | None = None,
+            session: bool = False,
+            **variables: str,
         ) -> Script:
-            everything = {**environment, **variables}
-            options = ("--no-browser", *options)
-            script = Script(*options, environment=everything, python=python, path=path)
+            script = Script(
+                *("--no-browser", *options),
+                environment={**environment, **variables},
+                python=python,
+                path=path,
+                session=session,
+            )
             return scripts.enter_context(script)
 
         yield start_script

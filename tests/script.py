@@ -204,8 +204,8 @@ def visit(url: str) -> requests.Response:
 
 
 def answer_login_page(url: str, answer: str = "allow") -> str:
-    """Press a button on the sandbox's login page: "allow", "deny" or "wrong-state"; return where it
-    leads to."""
+    """Click a button on the sandbox's login page ("allow", "deny" or "wrong-state"), and return the
+    URL that it leads to."""
     assert visit(url).status_code == 200
     return send("POST", url, data={"answer": answer}).headers["Location"]
 
