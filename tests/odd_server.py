@@ -1,4 +1,4 @@
-"""A server that answers byte for byte what a test tells it to, and a login against it."""
+"""A server that responds byte for byte as a test tells it to, and a login to it."""
 
 import http.client
 import json
@@ -14,7 +14,8 @@ from urllib.parse import parse_qsl
 
 from script import Script, free_port, visit
 
-CLIENT_SECRET, CODE = "sAAAAAAA-client-secret", "cBBBBBBB-code"
+CLIENT_SECRET = "sAAAAAAA-client-secret"
+CODE = "cBBBBBBB-code"
 TOKENS: dict[str, Any] = {
     "access_token": "aCCCCCCC-access-token",
     "refresh_token": "rDDDDDDD-refresh-token",
@@ -23,7 +24,7 @@ TOKENS: dict[str, Any] = {
 }
 NEW_TOKENS = {**TOKENS, "access_token": "aEEEEEEE-new", "refresh_token": "rFFFFFFF-new"}
 SECRETS = {"access_token", "refresh_token", "client_secret", "code", "code_verifier"}
-# The requests of a login: the path, and how many requests come before on the same path.
+# The requests of a login: the path, and how many requests to the same path come before.
 STEPS = {
     "code for tokens": ("/token", 0),
     "account": ("/account", 0),
@@ -40,11 +41,12 @@ class Request(NamedTuple):
     connection: socket.socket
 
 
-Answer = bytes | Callable[[Request], bytes]  # a function may use the connection before
+# A response: what is sent, or a function that returns it, and may use the connection before
+Answer = bytes | Callable[[Request], bytes]
 
 
 def answer(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
-    """A complete answer, after which the connection stays open; after all others, it ends."""
+    """Return a response after which the connection stays open. After all others, it is closed."""
     head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: keep-alive"
     return "\r\n".join((head, *headers, "", "")).encode() + body
 
@@ -58,7 +60,7 @@ class Handler(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         said = b"keep-alive"
-        with suppress(OSError):  # from a connection that one of the two sides has broken off
+        with suppress(OSError):  # of a connection that one of the two sides has broken off
             while b"keep-alive" in said and (first := self.rfile.read(1)):
                 if first == b"\x16":  # TLS, which a plain server does not understand
                     self.wfile.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
@@ -66,7 +68,8 @@ class Handler(socketserver.StreamRequestHandler):
                 method, target, _ = (first + self.rfile.readline()).decode().split(" ")
                 headers = http.client.parse_headers(self.rfile)
                 body = self.rfile.read(int(headers.get("Content-Length", 0))).decode()
-                request = Request(method, target, headers, dict(parse_qsl(body)), self.connection)
+                form = dict(parse_qsl(body, keep_blank_values=True))
+                request = Request(method, target, headers, form, self.connection)
                 self.server.requests.append(request)
                 answers = self.server.answers.get(target, [b"HTTP/1.1 404 No\r\n\r\n"])
                 chosen = answers.pop(0) if len(answers) > 1 else answers[0]
@@ -75,8 +78,14 @@ class Handler(socketserver.StreamRequestHandler):
 
 
 class OddServer(socketserver.ThreadingTCPServer):
-    """Serves inside of the `with` block. In: the TLS context, the host name in its URLs; `answers`
-    for each path, of which the last stays. Out: `environment`, `requests`, and `connections`."""
+    """Serves until the end of the `with` block.
+
+    tls: with a TLS context, it serves https
+    host: the host name in its URLs
+    answers: the responses for each path, in their order; the last one stays
+    environment: the variables for sipgate_oauth.py
+    requests, connections: the requests so far, and the number of connections
+    """
 
     daemon_threads = True
 
@@ -86,7 +95,9 @@ class OddServer(socketserver.ThreadingTCPServer):
             self.socket = tls.wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
-        self.tls, self.connections, self.requests = tls, 0, list[Request]()
+        self.tls = tls
+        self.connections = 0
+        self.requests: list[Request] = []
         self.answers: dict[str, list[Answer]] = {
             "/token": [json_answer(TOKENS), json_answer(NEW_TOKENS)],
             "/account": [json_answer({"company": "Odd Ltd"})] * 2,
@@ -104,7 +115,7 @@ class OddServer(socketserver.ThreadingTCPServer):
         }
 
     def answer_at(self, step: str, said: Answer) -> None:
-        """Answer so at one of the STEPS and after it, and well before."""
+        """Respond well before one of the STEPS, and like this from then on."""
         path, before = STEPS[step]
         self.answers[path][before:] = [said]
 
@@ -122,7 +133,7 @@ class OddServer(socketserver.ThreadingTCPServer):
 
 
 def log_in(script: Script, server: OddServer, answer: str = f"code={CODE}") -> None:
-    """Come back to the script, as the browser does after the login."""
+    """Send the callback to the script, as the browser does after the login."""
     visit(f"{server.environment['REDIRECT_URI']}?{answer}&state={script.state()}")
 
 

@@ -2,9 +2,9 @@
 //
 //     node tests/oidc_provider.mjs FOLDER
 //
-// In: the folder that `npm install oidc-provider` ran in.
-// Out: one line of JSON, once both listen: for each client, its variables for sipgate_oauth.py.
-// The login form accepts any name with any password. The program ends when its stdin does.
+// FOLDER is where `npm install oidc-provider` was run. As soon as both servers listen, the program
+// prints one line of JSON: for each client, its variables for sipgate_oauth.py. The login form
+// accepts any name with any password. The program ends when its stdin does.
 
 import { once } from "node:events";
 import { createServer } from "node:http";
@@ -56,7 +56,7 @@ for (const { clientAuthMethods, clients } of servers) {
   for (const { client_id, client_secret } of clients) {
     environments[client_id] = {
       CLIENT_ID: client_id,
-      CLIENT_SECRET: client_secret, // JSON leaves it out if there is none
+      CLIENT_SECRET: client_secret ?? "", // a public client has none
       OAUTH_SCOPE: "openid offline_access",
       AUTH_URL: `${url}/auth?prompt=consent`,
       TOKEN_URL: `${url}/token`,

@@ -1,7 +1,7 @@
-"""Authorization servers that others have written, and a login in their forms.
+"""An authorization server that others have written, and a login on its pages.
 
-Each is a program that prints one line of JSON, once it listens: for each of its clients, the
-variables for sipgate_oauth.py, but no REDIRECT_URI: any port of 127.0.0.1 will do.
+It is a program that prints one line of JSON as soon as it listens: for each of its clients, the
+variables for sipgate_oauth.py except REDIRECT_URI, which may have any port of 127.0.0.1.
 """
 
 import html
@@ -16,9 +16,8 @@ from urllib.parse import urljoin
 import requests
 from script import PATIENCE, Script, free_port
 
-USERNAME, PASSWORD = "alice", "pAAAAAAA-password"
-# What the person fills in; oidc-provider asks for a "login", and takes any name and password.
-PERSON = {"username": USERNAME, "login": USERNAME, "password": PASSWORD}
+# What the user fills in: oidc-provider accepts any name and any password.
+USER = {"login": "alice", "password": "pAAAAAAA-password"}
 INPUT = re.compile(r'<input[^>]* name="(.+?)"(?:[^>]* value="(.*?)")?')
 
 Provider = Callable[[str], dict[str, str]]  # returns all variables for a client_id
@@ -26,7 +25,7 @@ Provider = Callable[[str], dict[str, str]]  # returns all variables for a client
 
 @contextmanager
 def running(interpreter: str, program: str, *arguments: str) -> Iterator[Provider]:
-    """Run the program of a server, which is in this folder, inside of the `with` block."""
+    """Run the program of a server, which is in this folder, until the end of the `with` block."""
     command = [interpreter, str(Path(__file__).with_name(program)), *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8") as process:
@@ -42,14 +41,14 @@ def running(interpreter: str, program: str, *arguments: str) -> Iterator[Provide
 
 
 def log_in(script: Script) -> requests.Response:
-    """Log in at the script's authorize URL, and allow the access; return the callback's page."""
+    """Log in at the script's authorize URL, and allow access; return the callback's page."""
     with requests.Session() as browser:
         browser.trust_env = False
         page = browser.get(script.url(), timeout=PATIENCE)
         for _ in ("login form", "consent form"):
             found = INPUT.findall(page.text)
             assert found, page.text
-            form = {name: PERSON.get(name, html.unescape(value)) for name, value in found}
-            (action,) = re.findall(r' action="(.+?)"', page.text) or [""]  # the page's own address
+            form = {name: USER.get(name, html.unescape(value)) for name, value in found}
+            (action,) = re.findall(r' action="(.+?)"', page.text)
             page = browser.post(urljoin(page.url, action), form, timeout=PATIENCE)
     return page

@@ -1,35 +1,29 @@
-"""One login from start to end: what is asked of whom, in which order, and what the person sees."""
+"""One login from start to end: what is asked of whom, in which order, and what the user sees."""
 
+import hashlib
 import json
 import re
 import subprocess
 import threading
-from base64 import urlsafe_b64decode
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from odd_server import CODE, NEW_TOKENS, TOKENS, OddServer, failed_login, json_answer, log_in
-from sandbox import Sandbox
-from script import PATIENCE, ROOT, SCRIPT, Script, answer_login_page, visit
+from script import PATIENCE, ROOT, SCRIPT, Script
 
-from sipgate_oauth import (
-    authorize_url,
-    code_challenge_for,
-    describe,
-    masked,
-    say,
-    warn,
-)
+from sipgate_oauth import SECRETS_SENT, authorize_url, code_challenge_for, describe, masked, say
 
 Start = Callable[..., Script]
 
 
 @pytest.fixture
 def login(server: OddServer, start: Start) -> Script:
-    """The script after a login at the server that went well."""
-    server.environment |= {"CLIENT_ID": "id & co", "OAUTH_SCOPE": "account:read users:read"}
+    """The script after a successful login, whose values have small and capital letters."""
+    server.environment |= {"CLIENT_ID": "Id & Co", "OAUTH_SCOPE": "account:read Users:Read"}
+    server.environment["REDIRECT_URI"] += "/CallBack"
     server.environment["AUTH_URL"] += "?hint=a%20b"
     server.answer_at("account", json_answer({"company": "Müller & Co"}))
     script = start(**server.environment)
@@ -39,22 +33,85 @@ def login(server: OddServer, start: Start) -> Script:
 
 
 def query(script: Script) -> dict[str, str]:
+    """Return the parameters of the authorize URL."""
     return dict(parse_qsl(urlsplit(script.url()).query, strict_parsing=True))
 
 
+def s256(code_verifier: str) -> str:
+    """Hash a code verifier as an authorization server does (RFC 7636, section 4.6)."""
+    digest = hashlib.sha256(code_verifier.encode()).digest()
+    return urlsafe_b64encode(digest).decode().replace("=", "")
+
+
+# --- What is sent ---------------------------------------------------------------------------------
+
+
 def test_the_authorize_url_asks_for_a_code_with_pkce(login: Script, server: OddServer) -> None:
-    verifier = server.requests[0].form["code_verifier"]
     assert query(login) == {
         "hint": "a b",
         "response_type": "code",
-        "client_id": "id & co",
+        "client_id": "Id & Co",
         "redirect_uri": server.environment["REDIRECT_URI"],
-        "scope": "account:read users:read",
+        "scope": "account:read Users:Read",
         "state": login.state(),
-        "code_challenge": code_challenge_for(verifier),
+        "code_challenge": s256(server.requests[0].form["code_verifier"]),
         "code_challenge_method": "S256",
     }
-    assert [len(urlsafe_b64decode(it + "=")) for it in (verifier, login.state())] == [32, 32]
+
+
+def test_these_requests_are_sent_and_no_others(login: Script, server: OddServer) -> None:
+    sent = []
+    for request in server.requests:
+        form = {**request.form}
+        form.pop("code_verifier", "")  # see the test above
+        sent.append((request.method, request.target, request.headers["Authorization"], form))
+    client = {"client_id": "Id & Co", "client_secret": server.environment["CLIENT_SECRET"]}
+    code = {"code": CODE, "redirect_uri": server.environment["REDIRECT_URI"]}
+    assert sent == [
+        ("POST", "/token", None, {"grant_type": "authorization_code", **code, **client}),
+        ("GET", "/account", "Bearer aCCCCCCC-access-token", {}),
+        (
+            "POST",
+            "/token",
+            None,
+            {"grant_type": "refresh_token", "refresh_token": "rDDDDDDD-refresh-token", **client},
+        ),
+        ("GET", "/account", "Bearer aEEEEEEE-new", {}),
+    ]
+    assert {request.headers["Accept"] for request in server.requests} == {"application/json"}
+    assert server.connections == 1
+
+
+def test_secrets_are_sent_in_forms_and_in_authorization_only(
+    login: Script, server: OddServer
+) -> None:
+    form = server.requests[0].form
+    secrets = [form["code"], form["code_verifier"], form["client_secret"], login.state()]
+    for tokens in (TOKENS, NEW_TOKENS):
+        secrets += [tokens["access_token"], tokens["refresh_token"]]
+    for request in server.requests:
+        del request.headers["Authorization"]
+        elsewhere = f"{request.target}\n{request.headers}"
+        assert [secret for secret in secrets if secret in elsewhere] == []
+
+
+def test_state_and_code_verifier_are_random_throughout(server: OddServer, start: Start) -> None:
+    states = []
+    for _ in range(5):
+        script = start(**server.environment)
+        log_in(script, server)
+        assert script.status() == 0
+        states.append(script.state())
+    forms = [request.form for request in server.requests]
+    verifiers = [form["code_verifier"] for form in forms if "code_verifier" in form]
+    assert len({*states, *verifiers}) == 10
+    for values in (states, verifiers):
+        decoded = [urlsafe_b64decode(value + "=") for value in values]
+        assert [len(value) for value in decoded] == [32] * 5
+        # Of 32 random bytes, about 30 are different, and hardly ever fewer than 20.
+        assert min(len(set(value)) for value in decoded) >= 20
+        # At no place do five random bytes agree (once in 256 ** 4 times).
+        assert min(len(set(place)) for place in zip(*decoded, strict=True)) > 1
 
 
 def test_the_challenge_is_the_one_of_rfc_7636_appendix_b() -> None:
@@ -62,153 +119,131 @@ def test_the_challenge_is_the_one_of_rfc_7636_appendix_b() -> None:
     assert challenge == "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM"
 
 
-def test_state_and_challenge_are_always_new(login: Script, server: OddServer, start: Start) -> None:
-    first, second = query(login), query(start(**server.environment))
-    assert {it for it in first if first[it] != second[it]} == {"state", "code_challenge"}
+@pytest.mark.parametrize(
+    ("auth_url", "begin"),
+    [
+        ("https://host/auth", "https://host/auth?response_type=code&"),
+        ("https://host/auth?a=1&b=%20", "https://host/auth?a=1&b=%20&response_type=code&"),
+    ],
+)
+def test_parameters_follow_those_of_auth_url(auth_url: str, begin: str) -> None:
+    config = {"CLIENT_ID": "a", "REDIRECT_URI": "b", "OAUTH_SCOPE": "c", "AUTH_URL": auth_url}
+    assert authorize_url(config, "d", "e").startswith(begin)
 
 
-def test_what_a_provider_wants_beside_can_follow_in_auth_url() -> None:
-    """And a whole authorize URL that was pasted there does not change what we ask for."""
-    config = {
-        "CLIENT_ID": "ours",
-        "REDIRECT_URI": "http://localhost/oauth",
-        "OAUTH_SCOPE": "account:read",
-        "AUTH_URL": "https://host/auth?prompt=consent&client_id=old&x=1&x=2&empty=&state=old",
-    }
-    url = authorize_url(config, "our-state", "our-challenge")
-    pairs = parse_qsl(urlsplit(url).query, keep_blank_values=True)
-    assert pairs[:4] == [("prompt", "consent"), ("x", "1"), ("x", "2"), ("empty", "")]
-    assert dict(pairs[4:])["client_id"] == "ours"
-    assert [value for name, value in pairs if name == "state"] == ["our-state"]
-
-
-def test_these_requests_are_sent_and_no_others(login: Script, server: OddServer) -> None:
-    config, verifier = server.environment, server.requests[0].form["code_verifier"]
-    client = {"client_id": config["CLIENT_ID"], "client_secret": config["CLIENT_SECRET"]}
-    code = {"code": CODE, "code_verifier": verifier, "redirect_uri": config["REDIRECT_URI"]}
-    refresh = {"grant_type": "refresh_token", "refresh_token": TOKENS["refresh_token"]}
-    sent = [(it.method, it.target, it.headers["Authorization"], it.form) for it in server.requests]
-    assert sent == [
-        ("POST", "/token", None, {"grant_type": "authorization_code", **code, **client}),
-        ("GET", "/account", f"Bearer {TOKENS['access_token']}", {}),
-        ("POST", "/token", None, {**refresh, **client}),
-        ("GET", "/account", f"Bearer {NEW_TOKENS['access_token']}", {}),
-    ]
-    assert {it.headers["Accept"] for it in server.requests} == {"application/json"}
-
-
-def test_all_requests_share_one_connection(sandbox: Sandbox, start: Start) -> None:
-    script = start(**sandbox.environment)
-    callback = answer_login_page(script.url())
-    of_the_browser = sandbox.connections
-    visit(callback)
-    assert script.status() == 0
-    assert (sandbox.connections, sandbox.exchanges) == (of_the_browser + 1, 1)
-
-
-def test_without_a_refresh_token_the_account_is_shown(server: OddServer, start: Start) -> None:
-    server.answer_at("code for tokens", json_answer({**TOKENS, "refresh_token": None}))
-    script = start(**server.environment)
-    error = failed_login(script, server)
-    assert " sent no refresh token.\nThere is nothing to refresh: " in error
-    assert "offline_access" in error
-    assert "?prompt=consent" in error
-    assert '"company": "Odd Ltd"' in script.stdout
-    assert "Done." not in script.stdout
+# --- What is shown --------------------------------------------------------------------------------
 
 
 def test_every_message_is_shown_with_its_secrets_masked(login: Script, server: OddServer) -> None:
-    events = re.findall(r"^ *(\d\. \w+|GET|POST|200 OK|http:.+|Done)", login.stdout, re.MULTILINE)
-    assert " ".join(events) == (
-        f"1. Configuration 2. Authorize GET {login.url()} 3. Callback GET 4. Code POST 200 OK "
-        "5. Account GET 200 OK 6. Refresh POST 200 OK GET 200 OK Done"
+    pattern = r"^ *(\d\. \w+|\w+: GET|\w+: POST|\w+: 200 OK|http:.+|Done)"
+    assert " ".join(re.findall(pattern, login.stdout, re.MULTILINE)) == (
+        f"1. Configuration 2. Authorize Browser: GET {login.url()} 3. Callback Browser: GET "
+        "4. Tokens Program: POST Response: 200 OK 5. Account Program: GET Response: 200 OK "
+        "6. Refresh Program: POST Response: 200 OK Program: GET Response: 200 OK Done"
     )
-    url, account = f"http://{server.host}", '   200 OK\n{\n  "company": "Müller & Co"\n}\n'
+    url = f"http://{server.host}"
+    account = '   Response: 200 OK\n      {\n        "company": "Müller & Co"\n      }\n'
     for part in [
-        f"\n\n{login.url()}\n\n3. Callback",
-        f"GET {url}/auth\n      hint: a b\n      response_type: code\n      client_id: id & co\n",
+        f"GET {url}/auth\n      hint: a b\n      response_type: code\n      client_id: Id & Co\n",
+        f"\n\n{login.url()}\n\n",
         "waiting up to 300 seconds for the browser to come back",
-        f"press Enter.\n   GET {server.environment['REDIRECT_URI']}\n      code: cBB... (13 char",
+        f"GET {server.environment['REDIRECT_URI']}\n      code: cBB... (13 characters)\n",
         f"POST {url}/token\n      grant_type: authorization_code\n      code: cBB... (13 char",
-        '      client_secret: ...\n   200 OK\n{\n  "access_token": "aCCCC... (21 characters)",\n',
+        "      client_secret: ...\n   Response: 200 OK\n      {\n"
+        '        "access_token": "aCCCC... (21 characters)",\n',
         f"GET {url}/account\n      Authorization: Bearer ... (28 characters)\n{account}6. ",
         f"Authorization: Bear... (19 characters)\n{account}Done: ",
     ]:
         assert part in login.stdout
 
 
-def test_a_request_without_an_answer_is_shown(server: OddServer, start: Start) -> None:
-    server.answer_at("refresh", b"")
-    script = start(**server.environment)
-    failed_login(script, server)
-    *_, last = script.stdout.split("   POST ")
-    assert last.startswith(f"http://{server.host}/token\n      grant_type: refresh_token\n")
-
-
 def test_show_tokens_shows_the_tokens_and_no_other_secret(server: OddServer, start: Start) -> None:
     script = start("--show-tokens", **server.environment)
     log_in(script, server)
     assert script.status() == 0
-    assert json.dumps(TOKENS, indent=2) in script.stdout
-    assert json.dumps(NEW_TOKENS, indent=2) in script.stdout
+    for tokens in (TOKENS, NEW_TOKENS):
+        for name, value in tokens.items():
+            assert f'"{name}": {json.dumps(value)}' in script.stdout
     for name in ("code", "code_verifier", "client_secret"):
         assert server.requests[0].form[name] not in script.stdout
 
 
-def test_page_and_request_are_shown_before_the_answer(server: OddServer, start: Start) -> None:
-    go_on, tokens = threading.Event(), json_answer(TOKENS)
+def test_a_request_without_a_response_is_shown(server: OddServer, start: Start) -> None:
+    server.answer_at("refresh", b"")
+    script = start(**server.environment)
+    failed_login(script, server)
+    *_, last = script.stdout.split("   Program: ")
+    assert last.startswith(f"POST http://{server.host}/token\n      grant_type: refresh_token\n")
+
+
+def test_page_and_request_are_shown_before_the_response(server: OddServer, start: Start) -> None:
+    go_on = threading.Event()
+    tokens = json_answer(TOKENS)
     server.answer_at("code for tokens", lambda _: tokens if go_on.wait(PATIENCE) else b"")
     script = start(**server.environment)
-    log_in(script, server)  # until the page is there
+    log_in(script, server)  # returns when the page is there
     script.until("grant_type: authorization_code")
     go_on.set()
     assert script.status() == 0
 
 
-def test_secrets_are_masked_by_their_names_at_every_depth() -> None:
-    for name, value, shown in [
+def test_without_a_refresh_token_the_account_is_shown(server: OddServer, start: Start) -> None:
+    server.answer_at("code for tokens", json_answer({**TOKENS, "refresh_token": None}))
+    script = start(**server.environment)
+    error = failed_login(script, server)
+    assert f"{server.host} sent no refresh token" in error
+    assert "offline_access" in error
+    assert "?prompt=consent" in error
+    assert '"company": "Odd Ltd"' in script.stdout
+    assert "Done: " not in script.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
         ("code", "12345678", "12... (8 characters)"),
         ("Authorization", 100 * "x", "xxxxxxxxxx... (100 characters)"),
-        ("ID_Token", "123", "... (3 characters)"),
-        ("CLIENT_SECRET", "12345678", "..."),
+        ("CODE_VERIFIER", "123", "... (3 characters)"),
+        ("client_secret", "12345678", "..."),
+        ("refresh_token", ["12345678"], "..."),
+        ("id_token", None, None),
         ("token_type", "Bearer", "Bearer"),
-        ("", [{"a": {"verifier": "1234"}}], [{"a": {"verifier": "1... (4 characters)"}}]),
-        ("token", {"a": ["1234", 5]}, {"a": ["1... (4 characters)", 5]}),
-    ]:
-        assert masked(value, name) == shown
-        assert masked(value, name, True) == (value if name.endswith("oken") else shown)
+        ("code_challenge_method", "S256", "S256"),
+    ],
+)
+def test_secrets_are_masked_by_their_names(name: str, value: Any, shown: Any) -> None:
+    assert masked({name: value, "a": "b"}, SECRETS_SENT) == {name: shown, "a": "b"}
 
 
-@pytest.mark.parametrize("show", [say, warn])
-def test_what_could_steer_a_terminal_is_escaped(
-    capsys: pytest.CaptureFixture[str], show: Callable[..., None]
-) -> None:
-    show("Köln 東京 \\", "", "\x1b[31m\r\n\t\x9b\xa0\u202e\u2028\ud800\U000e0001")
+def test_what_could_control_a_terminal_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    say("Köln 東京 \\", "", "\x1b[31m\r\n\t\x9b\xa0\u202e\u2028\ud800\U000e0001")
     escaped = r"\u001b[31m\r\n\t\u009b\u00a0\u202e\u2028\ud800\udb40\udc01"
-    printed = f"Köln 東京 \\\n\n{escaped}\n"
-    assert capsys.readouterr() == ((printed, "") if show == say else ("", printed))
+    assert capsys.readouterr().out == f"Köln 東京 \\\n\n{escaped}\n"
 
 
-def test_an_error_is_described_in_the_words_of_the_server() -> None:
-    cases: list[tuple[dict[str, Any], str]] = [
+@pytest.mark.parametrize(
+    ("response", "described"),
+    [
         ({"error": "a", "error_description": "b."}, "a: b"),
+        ({"error": "a", "error_description": "a", "message": "c"}, "a: c"),
         ({"error": "", "error_description": "b", "error_uri": "c"}, "b"),
-        ({"message": "token is required", "url": "c"}, "token is required"),
-        ({"error": "x" * 501}, "x" * 500),
         ({"error": {"code": 5}, "error_description": None}, ""),
-    ]
-    for said, described in cases:
-        assert describe(said) == described
+    ],
+)
+def test_an_error_is_described_in_the_words_of_the_server(
+    response: dict[str, Any], described: str
+) -> None:
+    assert describe(response) == described
+
+
+# --- What is published ----------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no clone that git knows about")
-def test_the_repository_holds_the_program_and_no_configuration() -> None:
-    git = ["git", "-C", str(ROOT)]
-    files = subprocess.check_output([*git, "ls-files"], text=True).split()
-    top = " ".join(sorted({it.partition("/")[0] for it in files if it[0] != "."}))
-    assert top == f"LICENSE README.md config.example.env requirements.txt {SCRIPT.name} tests"
-    ignored = [*git, "check-ignore", "--no-index", "config.env", "config.example.env"]
-    assert subprocess.check_output(ignored, text=True) == "config.env\n"
+def test_git_ignores_every_configuration_but_the_example() -> None:
+    names = ["config.env", ".env", "config.example.env"]
+    ignored = ["git", "-C", str(ROOT), "check-ignore", "--no-index", *names]
+    assert subprocess.check_output(ignored, text=True) == "config.env\n.env\n"
 
 
 def test_uv_run_gets_what_requirements_txt_lists() -> None:
