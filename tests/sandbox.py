@@ -14,28 +14,37 @@
     python tests/sandbox.py [options of sipgate_oauth.py]
     python tests/sandbox.py --serve [REDIRECT_URI]
 
-The first runs sipgate_oauth.py against a local server and ends with its exit status. The second
-runs the server alone, for a program of your own: it prints the configuration and then, for each
-request, what came of it and how to correct a mistake. The server has the addresses of sipgate's
-login server (a Keycloak) and API, and refuses what they refuse, by the rules of Authlib:
+The first command runs sipgate_oauth.py against a local server and exits with that program's status.
+The second runs only the server, for a program of your own: it prints the configuration and then a
+line for each request, which says how to correct a mistake.
 
-    GET, POST .../auth   the login page; its answer is a redirect with an authorization code
-    POST .../token       authorization code or refresh token in, fresh tokens out
-    GET /v2/account      the account's data for an access token
+The server has the paths of sipgate's login server (a Keycloak) and API:
+
+    GET, POST .../auth   the login page, which redirects the browser with an authorization code
+    POST .../token       exchanges an authorization code or a refresh token for new tokens
+    POST .../logout      ends the login that a refresh token belongs to
+    GET /v2/account      returns the account that an access token gives access to
+
+As far as is known, it also has the rules: the tests compare it with a Keycloak, and its tokens look
+like those in sipgate's documentation. On purpose, it requires PKCE, which sipgate's examples do not
+send. RFC 9700, section 2.1.1, recommends it for clients that have a secret.
 """
 
+import os
 import signal
 import sys
 
 if __name__ == "__main__":
-    # Ctrl+C ends the sandbox at once, even while it loads. (See run_script for later.)
+    # Ctrl+C stops the sandbox at once, even while it loads. (run_script changes this.)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.getpid() == 1:  # In a container, Linux drops signals that process 1 does not handle.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 import argparse
 import contextlib
 import errno
 import logging
-import os
 import re
 import secrets
 import shlex
@@ -43,7 +52,7 @@ import socket
 import subprocess
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import parse_qsl, unquote_plus, urlsplit
@@ -57,15 +66,16 @@ try:
     from joserfc import jwt
     from joserfc.jwk import RSAKey
     from waitress import create_server, wasyncore  # type: ignore[import-untyped] # no type hints
+    from werkzeug.exceptions import MethodNotAllowed
 except ImportError as error:
     sys.exit(f'Error: {error}. Use the command under "Try it now" in README.md.')
 
 SCRIPT = Path(__file__).resolve().parent.parent / "sipgate_oauth.py"
 REALM = "/auth/realms/third-party"
+ENDPOINTS = f"{REALM}/protocol/openid-connect"
 CLIENT_ID = "sandbox"
-# A client that forgets to encode one of these characters finds out here.
+# A program that does not encode one of these characters finds out here.
 CLIENT_SECRET = "50%25 off & $HOME + more"
-SCOPES = {"account:read", "balance:read", "numbers:read", "openid", "users:read"}
 ACCOUNT = {
     "company": "Müller Sandkästen GmbH",
     "mainProductType": "TEAM",
@@ -74,8 +84,25 @@ ACCOUNT = {
 }
 FORM = "application/x-www-form-urlencoded"
 SIGNING_KEY = RSAKey.generate_key(2048)
-# What Keycloak says both of an unknown client and of a wrong secret.
+# Keycloak has one message for an unknown client and for a wrong secret.
 BAD_CLIENT = "Invalid client or Invalid client credentials"
+
+# sipgate's published scopes, and two others that programs use: channels:read, offline_access
+SCOPES_URL = "https://developer.sipgate.io/rest-api/oauth2-scopes/"
+READ_AND_WRITE = """account addresses authorization:oauth:clients authorization:oauth2:clients
+autorecording:greeting blacklist callrestrictions contacts contracts devices devices:callerid
+devices:localprefix devices:sim devices:singlerowdisplay devices:tariffannouncement events faxlines
+history labels notifications numbers payment:methods phonelines phonelines:blockanonymous
+phonelines:busyonbusy phonelines:devices phonelines:forwardings phonelines:parallelforwardings
+phonelines:sipgateio phonelines:voicemails phonelines:voicemails:greetings phones portings rtcm
+settings settings:sipgateio sms sms:callerid users"""
+READ = """balance contracts:crm faxlines:numbers groups groups:faxlines groups:numbers groups:users
+groups:voicemails log:webhooks phonelines:numbers phonelines:sipgateio:log trunk voicemails"""
+WRITE = """devices:sims:orders groups:devices sessions sessions:calls sessions:fax sessions:sms
+users:busyonbusy users:defaultdevice users:role"""
+SCOPES = {"openid", "push_device:register"} | {"channels:read", "offline_access"}
+SCOPES |= {f"{resource}:read" for resource in f"{READ_AND_WRITE} {READ}".split()}
+SCOPES |= {f"{resource}:write" for resource in f"{READ_AND_WRITE} {WRITE}".split()}
 
 
 # --- What is checked -----------------------------------------------------------------------------
@@ -83,30 +110,31 @@ BAD_CLIENT = "Invalid client or Invalid client credentials"
 
 @dataclass
 class Login(rfc6749.AuthorizationCodeMixin, rfc6749.TokenMixin):
-    """A login, and until when each code and token issued for it is valid."""
+    """What the user has allowed. ended: why its code and tokens no longer work, or ""."""
 
-    redirect_uri: str
-    scope: str
-    code_challenge: str
+    sent: dict[str, str]  # the parameters of the authorize URL, and which button was clicked
     session_state: str
-    has_wrong_state: bool
-    code_challenge_method: str = "S256"
-    valid_until: dict[tuple[str, str], float] = field(default_factory=dict)
-
-    def give(self, kind: str, secret: str, lifetime: int) -> None:
-        self.valid_until[kind, secret] = time.monotonic() + lifetime
-
-    def has(self, kind: str, secret: str) -> bool:
-        return time.monotonic() < self.valid_until.get((kind, secret), 0)
+    ended: str = ""
+    exchanged: bool = False
 
     def get_redirect_uri(self) -> str:
-        return self.redirect_uri
+        return self.sent["redirect_uri"]
 
     def get_scope(self) -> str:
-        return self.scope
+        return self.sent.get("scope", "")
 
     def check_client(self, client: rfc6749.ClientMixin) -> bool:
         return True
+
+
+@dataclass
+class Issued:
+    """A code or a token. used: it was exchanged or, for an access token, replaced."""
+
+    name: str  # of the parameter in which the client received it
+    login: Login
+    valid_until: float  # by the monotonic clock
+    used: bool = False
 
 
 class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
@@ -115,7 +143,7 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
     def __init__(self, sandbox: "Sandbox") -> None:
         super().__init__()
         self.sandbox = sandbox
-        self.logins: list[Login] = []
+        self.issued: dict[str, Issued] = {}
         self.register_grant(CodeGrant, [RequiredS256()])
         self.register_grant(RefreshGrant)
 
@@ -125,8 +153,8 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
         return self
 
     def authenticate_client(self, oauth: Any, methods: Any, endpoint: str = "token") -> Any:
-        """Check id and secret, which are in the form or, each form-encoded, in an HTTP Basic header
-        (RFC 6749, section 2.3.1). Authlib does not decode the + there, which stands for a space."""
+        """Check the client's id and secret, from the form or from an HTTP Basic header, where each
+        is form-encoded (RFC 6749, section 2.3.1). Authlib would not turn a + there into a space."""
         client_id, secret = request.form.get("client_id"), request.form.get("client_secret")
         header = request.authorization
         if header and header.type == "basic":
@@ -134,6 +162,8 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
         if client_id != CLIENT_ID:
             raise rfc6749.InvalidClientError(BAD_CLIENT, status_code=401)
         if secret != CLIENT_SECRET:
+            if secret and unquote_plus(CLIENT_SECRET).startswith(secret):  # & ends it in a form
+                g.reason = NOT_ENCODED
             raise rfc6749.UnauthorizedClientError(BAD_CLIENT, status_code=401)
         return self
 
@@ -153,36 +183,92 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
 
     check_response_type = check_grant_type
 
-    def use_up(self, kind: str, secret: str, refusal: str) -> Login:
-        """Look up a code or a refresh token, and invalidate everything issued for its login. So a
-        second use, which may be a thief's, also ends what the first one obtained (RFC 6749, section
-        4.1.2; RFC 9700, section 4.14.2). Raises InvalidGrantError."""
-        for login in self.logins:
-            if (kind, secret) in login.valid_until:
-                valid = login.has(kind, secret)
-                login.valid_until = dict.fromkeys(login.valid_until, 0)
-                if valid:
-                    return login
-        raise rfc6749.InvalidGrantError(refusal)
+    def issue(self, name: str, login: Login, lifetime: int, secret: str) -> str:
+        self.issued[secret] = Issued(name, login, time.monotonic() + lifetime)
+        return secret
+
+    def find(self, name: str, secret: str) -> Issued | None:
+        """Return this code or token if it is valid. If not, put the reason into g.reason. Whoever
+        uses a code or a refresh token again may be a thief, so this ends the login (RFC 6749,
+        section 4.1.2; RFC 9700, section 4.14.2)."""
+        found = self.issued.get(secret)
+        if not found:
+            g.reason = f"{name} is {'wrong' if secret else 'missing'}: it should be {SOURCES[name]}"
+        elif found.name != name:
+            g.reason = f"{name} is wrong: this is the {found.name}"
+        elif found.login.ended:
+            g.reason = f"This login has ended because {found.login.ended}: log in again"
+        elif found.used:
+            g.reason = f"This {name} {USED[name]}"
+            if name != "access_token":
+                found.login.ended = f"its {name} was used twice"
+                g.reason += ". The login has now ended: log in again"
+        elif found.valid_until <= time.monotonic():
+            remedy = "refresh the tokens" if name == "access_token" else "log in again"
+            g.reason = f"This {name} has expired: {remedy}"
+        else:
+            return found
+        return None
+
+    def use_up(self, name: str, secret: str, refusal: str) -> Login:
+        """Return the login of a code or a refresh token, and invalidate everything issued for it so
+        far. Raises InvalidGrantError if the code or token is not valid."""
+        found = self.find(name, secret)
+        if not found:
+            raise rfc6749.InvalidGrantError(refusal)
+        for issued in self.issued.values():
+            issued.used |= issued.login is found.login
+        return found.login
 
     def save_token(self, token: dict[str, Any], oauth: rfc6749.OAuth2Request) -> None:
-        """Store the tokens, and make `token` the answer that Keycloak gives."""
+        """Issue tokens and turn `token` into a response like those in sipgate's documentation."""
         login: Any = oauth.authorization_code or oauth.refresh_token
+        if oauth.authorization_code:
+            self.sandbox.exchanges += 1
+            g.reason = self.careless(login)
+            login.exchanged = True
         expires_in, refresh_expires_in = self.sandbox.expires_in, self.sandbox.refresh_expires_in
-        login.give("access token", token["access_token"], expires_in)
-        login.give("refresh token", token["refresh_token"], refresh_expires_in)
-        self.sandbox.exchanges += oauth.authorization_code is not None
-        g.state_was_not_checked = login.has_wrong_state
+        for name, kind, lifetime in (
+            ("access_token", "Bearer", expires_in),
+            ("refresh_token", "Refresh", refresh_expires_in),
+            ("id_token", "ID", expires_in),
+        ):
+            token[name] = self.issue(name, login, lifetime, self.sign(kind, login, lifetime))
         token |= {"expires_in": expires_in, "refresh_expires_in": refresh_expires_in}
         token |= {"token_type": "bearer", "session_state": login.session_state}
+        token["not-before-policy"] = 0
+
+    def careless(self, login: Login) -> str:
+        """Return what the program did wrong before it exchanged the code, or an empty string."""
+        if login.sent["answer"] == "wrong-state":
+            return "The code came with a wrong state: the program did not check the state"
+        earlier = [it.login for it in self.issued.values() if it.login.exchanged]
+        for name in ("state", "code_challenge"):
+            value = login.sent.get(name)
+            if value and any(value == it.sent.get(name) for it in earlier):
+                return f"{name} was used in an earlier login: it should be new for each, and random"
+        return ""
+
+    def sign(self, kind: str, login: Login, lifetime: int) -> str:
+        """Return a JWT with claims that sipgate's tokens have."""
         now = int(time.time())
-        claims = {"iss": self.sandbox.issuer, "aud": CLIENT_ID, "sub": "somebody", "iat": now}
-        claims["exp"] = now + expires_in
-        token["id_token"] = jwt.encode({"alg": "RS256"}, claims, SIGNING_KEY)
+        claims = {
+            "jti": secrets.token_hex(16),
+            "exp": now + lifetime,
+            "iat": now,
+            "iss": self.sandbox.issuer,
+            "aud": CLIENT_ID,
+            "sub": "f:sandbox:1234567",
+            "typ": kind,
+            "azp": CLIENT_ID,
+            "session_state": login.session_state,
+            "realm_access": {"roles": login.get_scope().split()},
+        }
+        return jwt.encode({"alg": "RS256"}, claims, SIGNING_KEY)
 
 
 class CodeGrant(rfc6749.AuthorizationCodeGrant):
-    """Authorization code in, tokens out (RFC 6749, section 4.1). A session id names the user."""
+    """The authorization code grant (RFC 6749, section 4.1). A session id stands for the user."""
 
     server: LoginServer
 
@@ -195,51 +281,58 @@ class CodeGrant(rfc6749.AuthorizationCodeGrant):
         return super().create_authorization_response(redirect_uri, grant_user)
 
     def save_authorization_code(self, code: str, oauth: Any) -> None:
-        form = oauth.payload.data
-        wrong = request.form.get("answer") == "wrong-state"
-        login = Login(form["redirect_uri"], oauth.scope, form["code_challenge"], oauth.user, wrong)
-        login.give("code", code, self.server.sandbox.code_lifetime)
-        self.server.logins.append(login)
+        login = Login(request.values.to_dict(), oauth.user)
+        self.server.issue("code", login, self.server.sandbox.code_lifetime, code)
 
     def query_authorization_code(self, code: str, client: rfc6749.ClientMixin) -> Login:
         return self.server.use_up("code", code, "Code not valid")
 
     def delete_authorization_code(self, authorization_code: Login) -> None:
-        """Nothing is left to do: use_up has invalidated it."""
+        """use_up has done this."""
 
     def authenticate_user(self, authorization_code: Login) -> str:
         return authorization_code.session_state
 
 
 class RequiredS256(rfc7636.CodeChallenge):
-    """PKCE, RFC 7636. Authlib lets a confidential client omit PKCE, and allows `plain`."""
+    """PKCE (RFC 7636). Authlib lets a client that has a secret omit PKCE, and allows `plain`."""
 
     SUPPORTED_CODE_CHALLENGE_METHOD = ["S256"]
 
     def validate_code_challenge(self, grant: CodeGrant, redirect_uri: str) -> None:
         if not request.values.get("code_challenge_method"):
             raise rfc6749.InvalidRequestError("Missing parameter: code_challenge_method")
-        if not re.fullmatch(r"[\w.~-]{43,128}", request.values.get("code_challenge", ""), re.ASCII):
+        if not UNRESERVED.fullmatch(request.values.get("code_challenge", "")):
             raise rfc6749.InvalidRequestError("Invalid parameter: code_challenge")
         super().validate_code_challenge(grant, redirect_uri)
 
-    def validate_code_verifier(self, grant: CodeGrant, result: Any) -> None:
-        if "code_verifier" not in request.form:
+    def validate_code_verifier(self, grant: Any, result: Any) -> None:
+        code_challenge = grant.request.authorization_code.sent["code_challenge"]
+        code_verifier = request.form.get("code_verifier")
+        if code_verifier is None:
             raise rfc6749.InvalidGrantError("PKCE code verifier not specified")
-        super().validate_code_verifier(grant, result)
+        if not UNRESERVED.fullmatch(code_verifier):
+            g.reason = "code_verifier is wrong: it should be 43 to 128 letters, digits, or -._~"
+            raise rfc6749.InvalidGrantError("PKCE verification failed: Invalid code verifier")
+        if code_challenge != rfc7636.create_s256_code_challenge(code_verifier):  # type: ignore[no-untyped-call] # as above
+            if code_challenge == code_verifier:
+                g.reason = SAME
+            elif not S256.fullmatch(code_challenge):
+                g.reason = f"code_challenge is wrong: it should be {CODE_CHALLENGE}"
+            raise rfc6749.InvalidGrantError("PKCE verification failed: Code mismatch")
 
 
 class RefreshGrant(rfc6749.RefreshTokenGrant):
-    """Refresh token in, fresh tokens out: RFC 6749, section 6."""
+    """The refresh of an access token (RFC 6749, section 6)."""
 
     server: LoginServer
     INCLUDE_NEW_REFRESH_TOKEN = True
 
     def authenticate_refresh_token(self, refresh_token: str) -> Login:
-        return self.server.use_up("refresh token", refresh_token, "Invalid refresh token")
+        return self.server.use_up("refresh_token", refresh_token, "Invalid refresh token")
 
     def revoke_old_credential(self, refresh_token: Any) -> None:
-        """Nothing is left to do: use_up has invalidated it."""
+        """use_up has done this."""
 
     def authenticate_user(self, refresh_token: Any) -> str:
         return str(refresh_token.session_state)
@@ -247,47 +340,78 @@ class RefreshGrant(rfc6749.RefreshTokenGrant):
 
 # --- What is explained ---------------------------------------------------------------------------
 
-CODE_CHALLENGE = "the SHA-256 of the code_verifier in base64url: 43 characters, no = at the end"
-# A pattern for the words of a refusal, the parameter to correct, and what it should be.
+UNRESERVED = re.compile(r"[A-Za-z0-9._~-]{43,128}")  # RFC 7636, sections 4.1 and 4.2
+S256 = re.compile("[A-Za-z0-9_-]{43}")
+CODE_CHALLENGE = "the SHA-256 of the code_verifier in base64url: 43 characters, no + or / or ="
+LATEST = "the one in the latest response from the token endpoint"
+USED = {
+    "code": "was used before: exchange each code only once",
+    "access_token": "was replaced in a refresh: use the new one",
+    "refresh_token": "was used before: after each refresh, use the new one",
+}
+SOURCES = {"code": "the one in the callback", "access_token": LATEST, "refresh_token": LATEST}
+# A pattern that matches an error message, the parameter to correct, and what it should be. If one
+# message can have several causes, the check that fails puts its cause into g.reason.
 EXPECTED = [
     ("Client not found|client_id|invalid_client", "client_id", CLIENT_ID),
-    ("unauthorized_client", "client_secret", "the CLIENT_SECRET printed at the start"),
+    ("unauthorized_client", "client_secret", "the CLIENT_SECRET printed at the start, unquoted"),
     ("redirect_uri", "redirect_uri", "{redirect_uri}"),
     ("response_type", "response_type", "code"),
-    ("invalid_scope", "scope", f"one or more of {' '.join(sorted(SCOPES))}, with spaces between"),
+    ("invalid_scope", "scope", f"one or more of those in {SCOPES_URL}, separated by spaces"),
     ("code_challenge_method", "code_challenge_method", "S256 (PKCE, RFC 7636)"),
     ("code_challenge", "code_challenge", CODE_CHALLENGE),
     ("grant_type", "grant_type", "authorization_code or refresh_token"),
-    ("[Cc]ode.(verifier|challenge)", "code_verifier", "the one that gave the code_challenge"),
-    ("Code not valid|'code'", "code", "a new one: each works once, and not for long"),
-    ("refresh.token", "refresh_token", "the newest: each works once, a second use ends the login"),
-    ("insufficient_scope", "scope", "account:read, or more, in the authorize URL"),
+    ("code verifier|Code mismatch", "code_verifier", "the one that code_challenge was made from"),
+    ("'code'", "code", SOURCES["code"]),
+    ("refresh_token", "refresh_token", SOURCES["refresh_token"]),
 ]
+SECRET_IN_URL = (
+    "The client_secret is now in the browser's history and perhaps in logs: remove it from the URL "
+    "and replace it"
+)
+FORM_IN_URL = "The parameters are in the URL, which ends up in logs: POST them as a form"
+SAME = (
+    "code_challenge and code_verifier are the same: send the verifier here and its hash in the "
+    "authorize URL"
+)
+NOT_ENCODED = (
+    "client_secret is not encoded: form-encode it (in Python with urlencode for a form, and with "
+    "quote_plus for HTTP Basic)"
+)
+NO_BEARER = "The Authorization header is {}: it should be Bearer, a space, and the access_token"
+NO_LOGOUT = "Nobody was logged out: POST client_id, client_secret, and refresh_token as a form"
+ATTACK = (
+    "This was an attack: the callback has a wrong state. A program that checks the state refuses "
+    "it. sipgate_oauth.py then keeps waiting: to go on, open the login page again and click Allow"
+)
 
 
 def explain(outcome: str, redirect_uri: str) -> str:
-    """Return what is wrong with this request and how to correct it, or an empty text."""
-    header, sent = request.authorization, request.values
+    """Return what is wrong with this request and how to correct it, or an empty string."""
+    if "client_secret" in request.args:
+        return SECRET_IN_URL if request.endpoint == "authorize" else FORM_IN_URL
+    if isinstance(request.routing_exception, MethodNotAllowed):
+        allowed = request.routing_exception.valid_methods or ()
+        return f"The method is wrong: it should be {'GET' if 'GET' in allowed else 'POST'}"
     if not request.endpoint:
-        return "There is nothing at this address: use those that were printed at the start"
-    if g.get("state_was_not_checked"):
-        return "The code came with a wrong state: the program did not check it"
+        return "This URL does not exist: use those that were printed at the start"
+    if request.method == "OPTIONS":
+        return "JavaScript cannot send this: link to the login page, and let a server send the rest"
     if request.endpoint == "token" and request.mimetype != FORM:
         return f"The body is {request.mimetype or 'of no type'}: it should be a form ({FORM})"
-    if "unauthorized_client" in outcome and header and header.password == CLIENT_SECRET:
-        return "Form-encode the id and the secret before they go into the header (RFC 6749, 2.3.1)"
+    if g.get("reason"):
+        return str(g.reason)
     for pattern, name, expected in EXPECTED:
         if re.search(pattern, outcome):
-            problem = "wrong" if sent.get(name) or (header and "client" in name) else "missing"
+            in_header = request.authorization and "client" in name
+            problem = "wrong" if request.values.get(name) or in_header else "missing"
             return f"{name} is {problem}: it should be {expected.format(redirect_uri=redirect_uri)}"
     if request.endpoint != "authorize" or not outcome.startswith(("200", "code")):
         return ""
-    # What Keycloak accepts here, and what goes wrong later.
-    if len(sent["code_challenge"]) != 43:
-        return f"No code_verifier will fit this code_challenge: it should be {CODE_CHALLENGE}"
-    if sent.get("answer") == "wrong-state":
-        return "The state in the redirect is wrong: if a token request follows, it was not checked"
-    if not sent.get("state"):
+    # Keycloak accepts these requests, too. The mistake shows later, or never.
+    if not S256.fullmatch(request.values["code_challenge"]):
+        return f"code_challenge is wrong: it should be {CODE_CHALLENGE}"
+    if not request.values.get("state"):
         return "No state was sent: without it, a program cannot recognize a forged callback"
     return ""
 
@@ -300,63 +424,84 @@ PAGE = """<!doctype html>
 <link rel="icon" href="data:,">
 <style>body { font: 1.1rem system-ui; max-width: 32rem; margin: 4rem auto; padding: 0 1rem }</style>
 </head><body><h1>{{ title }}</h1><p>{{ explanation }}</p>{% if grant %}
-<p>A stand-in for sipgate on this computer. No account, no password.</p>
+<p>A stand-in for sipgate on this computer. You need no account and no password.</p>
 <p>The client <strong>{{ grant.request.payload.client_id }}</strong> asks for these scopes:</p>
 <ul>{% for scope in grant.request.scope.split() %}<li>{{ scope }}</li>{% endfor %}</ul>
-<form method="post"><button name="answer" value="allow">Allow</button>
-<button name="answer" value="deny">Deny</button>
-<button name="answer" value="wrong-state">Allow, but return a wrong state</button></form>
+<form method="post"><p><button name="answer" value="allow">Allow</button>
+<button name="answer" value="deny">Deny</button></p>
+<p><button name="answer" value="wrong-state">Allow, but return a wrong state</button><br>
+This plays an attack. A program that checks the state refuses the callback. sipgate_oauth.py then
+keeps waiting: to go on, come back to this page and click Allow.</p></form>
 {% endif %}</body></html>"""
 
 
 def create_app(server: LoginServer) -> Flask:
-    """Return the app with sipgate's addresses."""
+    """Return the app with sipgate's paths."""
     app = Flask(__name__, static_folder=None)
     app.config.update(OAUTH2_SCOPES_SUPPORTED=SCOPES, OAUTH2_REFRESH_TOKEN_GENERATOR=True)
     server.init_app(app)
 
-    @app.route(f"{REALM}/protocol/openid-connect/auth", methods=["GET", "POST"])
+    @app.route(f"{ENDPOINTS}/auth", methods=["GET", "POST"])
     def authorize() -> Any:
         grant = server.get_consent_grant()  # type: ignore[no-untyped-call] # untyped in the stubs of Authlib
         if request.method != "POST":  # the form posts to the same URL
             return render_template_string(PAGE, title="Sandbox login page", grant=grant)
-        allowed = request.form.get("answer") in ("allow", "wrong-state")
-        session = secrets.token_hex(16) if allowed else None
+        answer = request.form.get("answer")
+        session = secrets.token_hex(16) if answer in ("allow", "wrong-state") else None
+        g.reason = ATTACK if answer == "wrong-state" else ""
         return server.create_authorization_response(grant=grant, grant_user=session)
 
-    @app.post(f"{REALM}/protocol/openid-connect/token")
+    @app.post(f"{ENDPOINTS}/token")
     def token() -> Any:
         if request.mimetype != FORM or "grant_type" not in request.form:
             raise rfc6749.InvalidRequestError("Missing form parameter: grant_type")
         return server.create_token_response()
 
+    @app.route(f"{ENDPOINTS}/logout", methods=["GET", "POST"])
+    def logout() -> Any:
+        refresh_token = request.form.get("refresh_token")
+        if not refresh_token:  # Keycloak would ask the user.
+            g.reason = NO_LOGOUT
+            return render_template_string(PAGE, title="Sandbox", explanation=NO_LOGOUT)
+        server.authenticate_client(None, None)
+        issued = server.issued.get(refresh_token)
+        if not issued or issued.name != "refresh_token":
+            server.find("refresh_token", refresh_token)
+            raise rfc6749.InvalidGrantError("Invalid refresh token")
+        issued.login.ended = "the program logged out"
+        return "", 204
+
     @app.get("/v2/account")
     def account() -> Response:
-        token = str(request.authorization and request.authorization.token)
-        login = next((it for it in server.logins if it.has("access token", token)), None)
-        if not login:
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            g.reason = NO_BEARER.format("wrong" if scheme else "missing")
             raise rfc6750.InvalidTokenError
-        if "account:read" not in login.scope.split():
+        issued = server.find("access_token", token)
+        if not issued:
+            raise rfc6750.InvalidTokenError
+        if "account:read" not in issued.login.get_scope().split():
+            g.reason = "The scope account:read is missing: add it to scope in the authorize URL"
             raise rfc6750.InsufficientScopeError
         return jsonify(ACCOUNT)
 
     @app.errorhandler(OAuth2Error)
     def refuse(error: OAuth2Error) -> Any:
         if request.endpoint == "authorize" and not error.redirect_uri:
-            # Nobody is sent to an address that is not the client's (RFC 6749, section 4.1.2.1).
+            # Redirect nobody to a URI that is not the client's (RFC 6749, section 4.1.2.1).
             title = error.description or str(error.error)
             explanation = explain(title, server.sandbox.redirect_uri)
             page = render_template_string(PAGE, title=title, explanation=explanation)
             return page, f"400 {title}"
         return server.handle_response(*error())
 
-    # Authlib raises ValueError for input that is not UTF-8, or that it cannot quote.
+    # Authlib raises ValueError for input that is not UTF-8 or that it cannot quote.
     app.register_error_handler(ValueError, lambda error: ("Invalid request", 400))
     return app
 
 
 def outcome_of(response: Response) -> str:
-    """Tell what came of a request, from its answer: JSON, a redirect, or the status of a page."""
+    """Summarize a response: JSON, a redirect, or a page."""
     said = response.get_json(silent=True)
     said = said or dict(parse_qsl(urlsplit(response.location or "").query))
     if "error" in said:
@@ -367,9 +512,11 @@ def outcome_of(response: Response) -> str:
 
 
 def listen(first_port: int, with_callback: bool) -> socket.socket:
-    """Listen on 127.0.0.1 at first_port or, if it is taken, two higher, and so on. (0 is any port.)
-    with_callback: take a port only if the one below, for the callback, is free, too. No other
-    sandbox uses that one, because its server would need the port that this one has."""
+    """Listen on 127.0.0.1, at the first free port: first_port (0 is any), first_port + 2, ...
+
+    with_callback: the port below must be free as well. No other sandbox takes that one, because it
+    would need this port, too.
+    """
     for port in range(first_port, 65536, 2):
         with contextlib.suppress(OSError):
             listener = socket.create_server(("127.0.0.1", port))
@@ -380,13 +527,13 @@ def listen(first_port: int, with_callback: bool) -> socket.socket:
 
 
 def is_free(port: int) -> bool:
-    """Whether a client can listen at the port on both addresses that `localhost` stands for."""
+    """Return whether a program can listen at the port on both addresses of `localhost`."""
     for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         try:
             socket.create_server((host, port), family=family).close()
         except OSError as error:
-            # With any other error, this computer does not have the address: nobody listens there.
-            if error.errno in (errno.EADDRINUSE, errno.EACCES):  # EACCES: Windows keeps the port
+            # Any other error means that this computer lacks the address, so it cannot be taken.
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):  # Windows reserves it
                 return False
     return True
 
@@ -396,13 +543,15 @@ def is_free(port: int) -> bool:
 
 @dataclass
 class Sandbox:
-    """The sandbox for tests, as a context manager: it serves inside of the `with` block.
+    """A context manager: the server runs inside the `with` block.
 
-    In: the redirect URI to register (by default, with the port below the server's), the port to
-    listen at (0 is any free one; see listen), lifetimes in seconds, and whether to print a line for
-    each request.
-    Out: `environment`, the variables for sipgate_oauth.py; for tests `connections`, how many
-    connections were used, and `exchanges`, how many codes gave tokens.
+    redirect_uri: of the client; by default, it has the port below the server's
+    port: where to listen; 0 is any free port (see listen)
+    expires_in, refresh_expires_in, code_lifetime: in seconds
+    log: print a line for each request; otherwise only for the third button
+
+    `environment` has the variables for sipgate_oauth.py. For tests, `connections` counts the
+    connections that were used, and `exchanges` the codes that were exchanged for tokens.
     """
 
     redirect_uri: str = ""
@@ -415,6 +564,8 @@ class Sandbox:
     def __post_init__(self) -> None:
         listener = listen(self.port, with_callback=not self.redirect_uri)
         port = listener.getsockname()[1]
+        if port != self.port != 0:
+            print("# The usual ports are taken: adapt SSH tunnels and saved configurations.")
         self.url = f"http://127.0.0.1:{port}"
         self.issuer = self.url + REALM
         self.redirect_uri = self.redirect_uri or f"http://localhost:{port - 1}/oauth"
@@ -423,8 +574,8 @@ class Sandbox:
             "CLIENT_SECRET": CLIENT_SECRET,
             "OAUTH_SCOPE": "account:read balance:read",
             "REDIRECT_URI": self.redirect_uri,
-            "AUTH_URL": f"{self.url}{REALM}/protocol/openid-connect/auth",
-            "TOKEN_URL": f"{self.url}{REALM}/protocol/openid-connect/token",
+            "AUTH_URL": f"{self.url}{ENDPOINTS}/auth",
+            "TOKEN_URL": f"{self.url}{ENDPOINTS}/token",
             "TEST_API_ENDPOINT": f"{self.url}/v2/account",
         }
         self.connections = self.exchanges = 0
@@ -434,7 +585,7 @@ class Sandbox:
         # Keep waitress's warnings about waiting requests out of sipgate_oauth.py's terminal.
         logging.getLogger("waitress").setLevel(logging.CRITICAL)
         self._sockets: dict[int, Any] = {}
-        # One thread gives one answer at a time, so that nothing needs a lock.
+        # A single thread handles one request at a time, so nothing needs a lock.
         self._http = create_server(app, map=self._sockets, sockets=[listener], threads=1)
         self._thread = threading.Thread(target=self._http.run, daemon=True)
 
@@ -448,8 +599,10 @@ class Sandbox:
             explanation = explain(outcome, self.redirect_uri)
             line = f"{request.method} {request.path}: {outcome}"
             line += f". {explanation}" if explanation else ""
-            # Escaped, because what a client sent could steer the terminal.
+            # Escaped, because what a client sent could control the terminal.
             print(line.encode("unicode_escape").decode(), flush=True)
+        elif g.get("reason") == ATTACK:
+            print(f"Sandbox: {ATTACK}", flush=True)
         response.headers["Cache-Control"] = "no-store"  # RFC 6749, section 5.1
         if response.status_code == 403:  # RFC 6750, section 3
             response.headers["WWW-Authenticate"] = 'Bearer error="insufficient_scope"'
@@ -460,19 +613,20 @@ class Sandbox:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._http.task_dispatcher.shutdown()  # which waits for the answer under way
+        self._http.task_dispatcher.shutdown()  # which waits for the request in progress
         trigger = self._http.trigger
-        with trigger.lock:  # without which the server's thread does not close it
-            trigger.thunks.append(lambda: wasyncore.close_all(self._sockets))  # the idle ones, too
+        # The server's own thread must close the sockets, including idle ones.
+        with trigger.lock:
+            trigger.thunks.append(lambda: wasyncore.close_all(self._sockets))
             trigger.pull_trigger()
         self._thread.join()
 
 
 def run_script(arguments: list[str]) -> int:
-    """Run sipgate_oauth.py in a process of its own, and return its exit status."""
+    """Run sipgate_oauth.py as a process and return its exit status."""
     with Sandbox() as sandbox:
-        print(f"Sandbox: a stand-in for sipgate, at {sandbox.url}. No account is needed.")
-        print("For a program of your own: repeat with --serve", flush=True)
+        print(f"Sandbox: a stand-in for sipgate, at {sandbox.url}. You need no account.")
+        print("To test a program of your own, run this again with --serve.", flush=True)
         # All values are in the environment, so the user's config.env cannot interfere.
         command = [sys.executable, str(SCRIPT), "--config", os.devnull, *arguments]
         script = subprocess.Popen(command, env=os.environ | sandbox.environment)
@@ -486,40 +640,38 @@ def run_script(arguments: list[str]) -> int:
         status = script.wait()
     if status == 0xC000013A:  # Ctrl+C on Windows
         return 130
-    # A process that signal N ended has the status -N here, and 128 + N in a shell.
-    return status if status >= 0 else 128 - status
+    return status
 
 
 def serve(redirect_uri: str) -> NoReturn:
-    """Run the server alone, until Ctrl+C."""
+    """Run only the server, until Ctrl+C."""
     with Sandbox(redirect_uri, log=True) as sandbox:
-        print("# A stand-in for sipgate, until Ctrl+C. Its configuration:")
+        print("# A stand-in for sipgate, until you press Ctrl+C. The configuration for a program:")
         for key, value in sandbox.environment.items():
             print(f"{key}={shlex.quote(value)}")
-        print("# On the login page, try each of the three buttons. The requests:", flush=True)
-        while True:
-            time.sleep(3600)
+        print(f"# Logout endpoint: {sandbox.url}{ENDPOINTS}/logout")
+        print("# To save the seven lines above, copy them into a file, config.env. In PowerShell:")
+        print("#     Get-Clipboard | Set-Content config.env")
+        print("# (> would also save the requests and, in Windows PowerShell, write UTF-16.)")
+        print("# Requests appear below. On the login page, try all three buttons.", flush=True)
+        while True:  # A signal that comes just before a sleep is handled only after it.
+            time.sleep(1)
 
 
 def main() -> int:
-    about = "Run sipgate_oauth.py against a stand-in for sipgate. No account is needed."
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    about = "Run sipgate_oauth.py against a stand-in for sipgate. You need no account."
+    epilog = "All other options are passed to sipgate_oauth.py. Its --help describes them."
+    parser = argparse.ArgumentParser(description=about, epilog=epilog, allow_abbrev=False)
     serve_help = "run only the server, for a program of your own with this redirect URI"
     parser.add_argument("--serve", nargs="?", const="", metavar="REDIRECT_URI", help=serve_help)
-    script = parser.add_argument_group("options of sipgate_oauth.py")
-    script.add_argument("--no-browser", action="store_true", help="do not open the browser")
-    script.add_argument(
-        "--timeout", metavar="SECONDS", type=float, help="how long to wait for the login"
-    )
-    script.add_argument("--show-tokens", action="store_true", help="print tokens in full")
-    options = parser.parse_args()
-    # Without ' and \\, a shell and python-dotenv read it alike.
+    options, others = parser.parse_known_args()
+    # Without ' and \, the value means the same to a shell and to python-dotenv.
     if options.serve and not re.fullmatch(r"https?://[!-&(-\[\]-~]+", options.serve):
-        parser.error("REDIRECT_URI should look like http://localhost:8080/oauth")
-    if options.serve is not None and (options.no_browser or options.timeout or options.show_tokens):
-        parser.error("--serve does not run sipgate_oauth.py: leave out its options")
+        parser.error("REDIRECT_URI must look like http://localhost:8080/oauth")
     if options.serve is None:
-        return run_script(sys.argv[1:])
+        return run_script(others)
+    if others:
+        parser.error(f"--serve takes no other options: leave out {' '.join(others)}")
     serve(options.serve)
 
 
