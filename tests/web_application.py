@@ -1,25 +1,28 @@
-"""A web application that logs its users in at sipgate, with the steps of sipgate_oauth.py.
+"""A web application that shows its users their sipgate accounts, built on sipgate_oauth.py.
 
     python tests/web_application.py                  try it with the sandbox, without an account
-    python tests/web_application.py --config FILE    log in at sipgate with the values of this file
-
-A command-line program logs one user in, once. A web application has many users at the same time,
-and keeps them logged in. Comments explain the consequences. The pages:
+    python tests/web_application.py --config FILE    use sipgate, with the values in this file
 
     GET  /               the user's account, or a link to log in
     GET  /login          sends the browser to sipgate
-    GET  REDIRECT_URI    the callback, where the browser returns with a code
-    POST /logout         forgets the user
+    GET  REDIRECT_URI    the callback, where the browser comes back with a code
+    POST /logout         ends the login, here and at sipgate
+
+OAuth gives this application access to an account, but doesn't tell it who the user is. For that
+("Log in with ..."), use OpenID Connect and validate the ID token.
 """
 
 import argparse
+import errno
 import json
 import math
+import re
 import secrets
 import socket
 import sys
 import threading
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -32,17 +35,24 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # the folder of si
 import sipgate_oauth as oauth  # noqa: E402
 
 LOGIN_LIFETIME = 600  # seconds from the link "Log in" to the callback
+MAX_LOGINS = 10_000  # Anybody can begin logins, and each takes memory until the callback.
 REFRESH_EARLY = 30  # seconds before an access token expires
-# The errors after which a new login can help. All others are faults of a server or of the client.
-LOG_IN_AGAIN = ("access_denied", "invalid_grant", "invalid_token")
+THREADS = 50  # Each request that waits for sipgate occupies one. In production, limit these, too.
+# The errors that a new login can fix. All others are faults of a server or of the configuration.
+LOG_IN_AGAIN = ("access_denied", "invalid_grant")
+# What users can do about an error. What happened goes to stderr, for whoever runs the application.
+LOG_IN = """Your login was denied, was already used, took too long, or began in another browser.
+To go on, log in, and allow access and cookies."""
+TRY_LATER = "It is not your fault. Please try again later."
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
 <h1>{{ title }}</h1><pre>{{ text }}</pre>
-{% if user %}<form method="post" action="/logout"><button>Log out</button></form>
-{% else %}<a href="/login">Log in</a>{% endif %}"""
+{% if user %}<a href="/">Your account</a>
+<form method="post" action="/logout"><button>Log out</button></form>
+{% else %}<a href="{{ login_url }}">Log in</a>{% endif %}"""
 
 
 class Login(NamedTuple):
-    """A login that has begun, and waits for its callback."""
+    """A login that is waiting for its callback."""
 
     state: str
     code_verifier: str
@@ -50,91 +60,126 @@ class Login(NamedTuple):
 
 
 class User:
-    """A user who is logged in, and the tokens, which never leave the server."""
+    """A user who is logged in, with the tokens, which never leave the server."""
 
     def __init__(self, config: oauth.Config, tokens: oauth.Tokens) -> None:
         self.config = config
-        self.lock = threading.Lock()  # one for each user, so that nobody waits for somebody else
+        self.has_ended = False
+        # One for each user, so that a slow refresh delays nobody else. Several processes would have
+        # to share it: lock the user's row in the database.
+        self.lock = threading.Lock()
         self.store(tokens)
 
     def store(self, tokens: oauth.Tokens) -> None:
         """Replace the tokens, and note when to refresh them."""
-        expires_in = tokens.get("expires_in")
-        if not isinstance(expires_in, (int, float)):
-            expires_in = (
-                math.inf
-            )  # Some servers do not send it. Then only a 401 shows that it has expired.
+        # Some servers send it as text. Without it, refresh when the API refuses the token.
+        expires_in = float(tokens.get("expires_in", math.inf))
         self.tokens = tokens
         self.refresh_at = time.monotonic() + expires_in - REFRESH_EARLY
 
     def access_token(self, refused: str = "") -> str:
-        """Return an access token that has not expired. Raises LoginError.
-
-        refused: an access token that the API has refused
-        """
-        # A refresh token can be used only once. If two requests need a new access token at the same
-        # time, the second waits for the lock. It then reads the tokens that the first has stored.
+        """Return an access token. refused: one that the API has refused. Raises LoginError."""
+        # A refresh token may work only once, and a careful server takes a second use for theft. So
+        # the first request refreshes while this user's others wait, and then they use the result.
         with self.lock:
+            if self.has_ended:
+                raise oauth.LoginError("The login has ended", "Log in again.", "invalid_grant")
             if self.tokens["access_token"] == refused or time.monotonic() >= self.refresh_at:
-                with requests.Session() as session:
-                    self.store(oauth.refresh_tokens(session, self.config, self.tokens))
+                try:
+                    with requests.Session() as session:
+                        self.store(oauth.refresh_tokens(session, self.config, self.tokens))
+                except oauth.LoginError as error:
+                    self.has_ended = error.error in LOG_IN_AGAIN
+                    raise
             return str(self.tokens["access_token"])
 
     def account(self) -> Any:
         """Return the account from the API. Raises LoginError."""
         access_token = self.access_token()
-        # A new requests.Session each time, because it keeps the cookies that a server sets. Those
-        # of one user must not be sent with the requests of another.
+        # A requests.Session keeps cookies, so users must not share one.
         with requests.Session() as session:
             try:
                 return oauth.get_account(session, self.config, access_token)
             except oauth.LoginError as error:
                 if error.error != "invalid_token":
                     raise
-            # The token was revoked or has expired early. Try again with a new one, but only once.
+            # The token was revoked or expired early. Try a new one, but only once.
             return oauth.get_account(session, self.config, self.access_token(access_token))
+
+    def log_out(self) -> None:
+        """End the login, and revoke the refresh token, so that a copy of it is worthless."""
+        with self.lock:  # A refresh may be under way. If so, revoke the new refresh token.
+            self.has_ended = True
+        if not self.tokens.get("refresh_token"):
+            return
+        form = {
+            "refresh_token": self.tokens["refresh_token"],
+            "client_id": self.config["CLIENT_ID"],
+            "client_secret": self.config["CLIENT_SECRET"] or None,
+        }
+        # This is Keycloak's URL, and so sipgate's. Many other servers follow RFC 7009.
+        url = urljoin(self.config["TOKEN_URL"], "logout")
+        try:
+            with requests.Session() as session:
+                oauth.request_json(session, "POST", url, form=form)
+        except oauth.LoginError as error:
+            report(error)  # The user is logged out here in any case.
+
+
+def report(error: Exception) -> None:
+    """Tell whoever runs the application about an error, in one line."""
+    oauth.say(f"Error: {error}".replace("\n", " "), file=sys.stderr)
 
 
 def create_app(config: oauth.Config) -> Flask:
-    """Return the application. The path of REDIRECT_URI must not be that of another page."""
+    """Return the application. Raises LoginError if it cannot serve REDIRECT_URI."""
     uri = urlsplit(config["REDIRECT_URI"])
+    is_https = uri.scheme == "https"
+    # Other characters have a special meaning in Flask's paths, or browsers encode them.
+    if not re.fullmatch(r"/[\w.~/-]+", uri.path) or uri.path in ("/login", "/logout"):
+        what = f"This application cannot have its callback at the REDIRECT_URI {uri.geturl()}"
+        raise oauth.LoginError(what, "Use a path like /oauth, but neither /login nor /logout.")
     app = Flask(__name__, static_folder=None)
-    # The keys are random ids, and only they go into cookies. Flask's own session would put all
-    # values into its cookie, which the browser can read. Several processes would need a database
-    # instead, also for the locks.
-    logins: dict[str, Login] = {}
+
+    # Cookies contain only the keys, which are random ids. A real application keeps both in a
+    # database, encrypts the tokens, and lets sessions expire.
+    logins: OrderedDict[str, Login] = OrderedDict()  # the oldest first
     users: dict[str, User] = {}
 
-    def page(title: str, text: str, user: User | None = None) -> str:
-        # Flask escapes the text, because servers and other web pages can supply parts of it.
-        return render_template_string(PAGE, title=title, text=text, user=user)
+    # An attacker could plant cookies, from another subdomain or over plain http, and have you work
+    # in their account. Browsers accept those that begin with __Host- only from this host and over
+    # https (RFC 6265bis, a draft, section 4.1.3.2). Plain http is for development. There, the port
+    # is in the names, because all ports of a host share their cookies.
+    prefix = "__Host-" if is_https else f"{uri.port or 80}-"
+    login_cookie = f"{prefix}login"
+    user_cookie = f"{prefix}user"
+
+    def current_user() -> User | None:
+        user = users.get(request.cookies.get(user_cookie, ""))
+        return user if user and not user.has_ended else None
+
+    def page(title: str, text: str) -> str:
+        # Log in at the host of the callback: a cookie for 127.0.0.1 is not sent to localhost.
+        login_url = urljoin(uri.geturl(), "/login")
+        # Flask escapes the text, because servers supply parts of it.
+        return render_template_string(
+            PAGE, title=title, text=text, user=current_user(), login_url=login_url
+        )
 
     def redirect_with_cookie(url: str, name: str, value: str) -> Any:
         response = redirect(url, 303)
-        response.set_cookie(
-            name,
-            value,
-            httponly=True,  # Scripts cannot read it.
-            secure=uri.scheme == "https",  # It is not sent unencrypted, except on this computer.
-            # It is not sent with a form of another site (see /logout), but it is sent when sipgate
-            # redirects the browser to the callback. "Strict" would block that as well.
-            samesite="Lax",
-        )
+        # Scripts cannot read it. "Lax": it is sent after sipgate's redirect, but not with forms on
+        # other sites.
+        response.set_cookie(name, value, httponly=True, secure=is_https, samesite="Lax")
         return response
-
-    @app.before_request
-    def forget_old_logins() -> None:
-        for login_id, login in list(logins.items()):
-            if time.monotonic() >= login.expires_at:
-                logins.pop(login_id, None)
 
     @app.get("/")
     def home() -> Any:
-        user = users.get(request.cookies.get("user", ""))
+        user = current_user()
         if not user:
             return page("Welcome", "You are not logged in.")
         account = json.dumps(user.account(), indent=2, ensure_ascii=False)
-        return page("You are logged in", account, user)
+        return page("You are logged in", account)
 
     @app.get("/login")
     def log_in() -> Any:
@@ -142,97 +187,102 @@ def create_app(config: oauth.Config) -> Flask:
         state = secrets.token_urlsafe(32)
         code_verifier = secrets.token_urlsafe(32)
         logins[login_id] = Login(state, code_verifier, time.monotonic() + LOGIN_LIFETIME)
+        if len(logins) > MAX_LOGINS:
+            logins.popitem(last=False)
         url = oauth.authorize_url(config, state, oauth.code_challenge_for(code_verifier))
-        return redirect_with_cookie(url, "login", login_id)
+        return redirect_with_cookie(url, login_cookie, login_id)
 
     @app.get(uri.path)
     def callback() -> Any:
-        # The state must be that of this browser. If it has begun no login, every state is refused.
-        login_id = request.cookies.get("login", "")
+        login_id = request.cookies.get(login_cookie, "")
         login = logins.get(login_id)
-        query = request.query_string.decode("ascii", "replace")
-        parameters = oauth.check_callback(query, login.state if login else "")
-        # A login can be used once. It is removed after the check, so that a forged callback does
-        # not end it.
-        login = logins.pop(login_id, None)
-        if not login:  # The same callback has arrived twice, and the other one was faster.
-            raise oauth.StateMismatch(403, oauth.FOREIGN_STATE)
+        if not login or time.monotonic() >= login.expires_at:
+            raise oauth.CallbackRefused("No login is waiting for this callback.")
+        parameters = oauth.check_callback(request.query_string.decode(), login.state)
+        # A login works once, but a forged callback must not use it up, so it is removed only now.
+        if not logins.pop(login_id, None):
+            raise oauth.CallbackRefused("The same callback has just arrived.")
         code = oauth.code_from_callback(parameters)
         with requests.Session() as session:
             tokens = oauth.exchange_code(session, config, code, login.code_verifier)
-        # The id is new for each login. An old one may be known to somebody who set the cookie in
-        # this browser, and who would then be logged in as this user (session fixation).
-        users.pop(request.cookies.get("user", ""), None)
+        # A new id for each login: an attacker may have planted the old one (session fixation).
+        users.pop(request.cookies.get(user_cookie, ""), None)
         user_id = secrets.token_urlsafe(32)
         users[user_id] = User(config, tokens)
-        # The redirect removes the code from the address bar. Its target has no host, so it also
-        # works behind a proxy.
-        return redirect_with_cookie("/", "user", user_id)
+        return redirect_with_cookie("/", user_cookie, user_id)
 
-    @app.post("/logout")  # With GET, a link on any site could log the user out.
+    # With GET, a link on any site could log the user out. With POST, only a form on another
+    # subdomain can: where it can do more harm, put a secret into your own form and check it.
+    @app.post("/logout")
     def log_out() -> Any:
-        users.pop(request.cookies.get("user", ""), None)
+        user = users.pop(request.cookies.get(user_cookie, ""), None)
+        if user:
+            user.log_out()
         return redirect("/", 303)
 
     @app.errorhandler(oauth.CallbackRefused)
-    def show_refusal(refused: oauth.CallbackRefused) -> Any:
-        return page("Error", refused.reason), refused.status
-
     @app.errorhandler(oauth.LoginError)
-    def show_error(error: oauth.LoginError) -> Any:
-        status = 502
-        if error.error in LOG_IN_AGAIN:  # The page then asks for a new login.
-            users.pop(request.cookies.get("user", ""), None)
-            status = 403
-        return page("Error", f"{error.what}.\n{error.advice}"), status
+    def show_error(error: Exception) -> Any:
+        report(error)
+        if isinstance(error, oauth.LoginError) and error.error not in LOG_IN_AGAIN:
+            return page("That did not work", TRY_LATER), 502
+        return page("That did not work", LOG_IN), 403
 
     @app.after_request
     def add_headers(response: Any) -> Any:
-        response.headers["Cache-Control"] = "no-store"  # Nobody else may see the page later.
-        response.headers["Referrer-Policy"] = "no-referrer"  # The callback's address has a code.
-        # Pages load nothing, and cannot be framed (which could trick the user into a click).
+        response.headers["Cache-Control"] = "no-store"  # Keep the account out of caches.
+        response.headers["Referrer-Policy"] = "no-referrer"  # The callback's URL has a code.
+        # Pages load nothing, and no other site can frame them to trick users into a click.
         response.headers["Content-Security-Policy"] = "default-src 'none'; frame-ancestors 'none'"
         return response
 
     return app
 
 
-def serve(config: oauth.Config, port: int | None) -> None:
-    """Serve the application until Ctrl+C. Raises LoginError."""
+def listen(port: int) -> list[socket.socket]:
+    """Listen on the addresses that a browser may use for localhost. Raises LoginError."""
+    listeners: list[socket.socket] = []
+    for address in oauth.LOOPBACK["localhost"]:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        try:
+            listeners.append(socket.create_server((address, port), family=family))
+        except OSError as error:
+            if listeners and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                continue  # this computer has no IPv6
+            what = f"Cannot listen on port {port} of {address}: {error.strerror}"
+            raise oauth.LoginError(what, "Stop the program there, or use another port.") from error
+    return listeners
+
+
+def serve(config: oauth.Config, port: int) -> None:
+    """Serve until Ctrl+C. port: the one that a proxy for https forwards to. Raises LoginError."""
     app = create_app(config)
     uri = urlsplit(config["REDIRECT_URI"])
-    # With https, a proxy on this computer receives the requests, and forwards them as http.
-    host = oauth.LOOPBACK.get(str(uri.hostname), ["127.0.0.1"])[0]
-    port = port or uri.port or {"http": 80, "https": 443}[uri.scheme]
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        advice = "Stop the program that uses this port, or choose another with --port."
-        raise oauth.LoginError(f"Cannot listen on port {port}: {error}", advice) from error
+    if uri.scheme == "http":  # There is no proxy: the browser connects to us.
+        port = uri.port or 80
     # Waitress logs no requests. Flask's own server (app.run) would log each code and state.
-    server = create_server(app, sockets=[listener])
-    home = urljoin(config["REDIRECT_URI"], "/")
-    print(f"Open {home} in your browser (listening on port {port} of {host})", flush=True)
+    server = create_server(app, sockets=listen(port), threads=THREADS)
+    oauth.say(f"Open {urljoin(uri.geturl(), '/')} (listening on port {port})")
     server.run()  # until Ctrl+C
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A web application with a login at sipgate.")
+    parser = argparse.ArgumentParser(description="A web application that reads sipgate accounts.")
     parser.add_argument("--config", metavar="FILE", type=Path, help="default: use the sandbox")
-    parser.add_argument("--port", type=int, help="default: the port of REDIRECT_URI")
+    parser.add_argument("--port", type=int, default=8080, help="with the sandbox or a proxy")
     options = parser.parse_args()
     try:
         if options.config:
             config, _ = oauth.load_config(options.config)
             serve(config, options.port)
         else:
-            from sandbox import Sandbox  # imported here, because only the sandbox needs it
+            from sandbox import Sandbox  # which a real application does not need
 
-            with Sandbox(redirect_uri=f"http://localhost:{options.port or 8080}/oauth") as sandbox:
+            with Sandbox(redirect_uri=f"http://localhost:{options.port}/oauth") as sandbox:
                 serve(sandbox.environment, options.port)
     except oauth.LoginError as error:
-        sys.exit(f"Error: {error.what}.\n{error.advice}")
+        report(error)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
