@@ -1,74 +1,42 @@
-"""Make .github/login.svg, the picture in the README, from a login at the sandbox.
+"""Update .github/login.svg, the picture in the README, from a login to the sandbox.
 
     python tests/picture.py
 
-It shows the terminal before the login, the login page in Chromium, and the terminal after the
-login. Each window also has its words as a description, for screen readers and test_picture.py.
+The texts are what the program prints, and what Chromium shows on the login page and the callback
+page. The rest of the picture, such as its arrows and colors, is edited in the file itself.
 """
 
-import io
 import os
 import re
 import shutil
 import subprocess
 import sys
 import textwrap
-from base64 import b64encode
-from html import escape, unescape
+from html import escape
+from urllib.parse import urlsplit
 
-from playwright.sync_api import ViewportSize, sync_playwright
-from rich.console import Console
-from rich.terminal_theme import TerminalTheme
-from rich.text import Text
+from playwright.sync_api import Page, sync_playwright
 from sandbox import SCRIPT, Sandbox
 
 PICTURE = SCRIPT.with_name(".github") / "login.svg"
-LEFT, RIGHT = 51, 58  # columns of text in the windows on each side
-# In rich's units: a character, what a window adds to its text, and where its text begins.
-ROW, COLUMN, FRAME_HEIGHT, FRAME_WIDTH, TEXT_TOP, TEXT_LEFT = 24.4, 12, 50, 18, 41, 9
-GAP = 72  # between windows: with it, the frame of one is as high as 5 rows
-PAGE_SIZE: ViewportSize = {
-    "width": 420,
-    "height": 100,
-}  # pixels; a screenshot of the full page may be higher
-
-DARK = TerminalTheme((22, 27, 34), (201, 209, 217), [(0, 0, 0)] * 8)
-LIGHT = TerminalTheme((255, 255, 255), (36, 41, 47), [(0, 0, 0)] * 8)
-WINDOW = """{chrome}<path class="line" d="M1 39H{terminal_width}h18"/><style>{styles}</style>
-<g class="matrix" transform="translate({terminal_x} {terminal_y})">{matrix}</g>"""
-# The fonts are the reader's, because a picture in a README cannot load any.
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {:g}" width="900" role="img">
-<title>A login with sipgate_oauth.py</title>
-<style>
-text {{ font: 20px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace }}
-[class$=title] {{ font: 18px system-ui, "Segoe UI", Helvetica, Arial, sans-serif }}
-rect, .line {{ stroke: #8b949e }}
-.arrow {{ fill: none; stroke: #388bfd; stroke-width: 4; marker-end: url(#head) }}
-</style>
-<marker id="head" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="5" orient="auto">
-<path d="M0 0 10 5 0 10z" fill="#388bfd"/></marker>
-{}
-</svg>
-"""
+# The steps, and what the picture shows of each
+SHOWN = {
+    2: ["response_type", "client_id", "redirect_uri", "scope", "state", "code_challenge"],
+    3: ["state"],
+    4: ["code", "code_verifier", '"access_token"', '"refresh_token"'],
+    5: ['"company"'],
+}
+RANDOM = r"([\w-]{4})([\w-]{28,}|[\w-]*\.\.\. \(\d+ characters\))"  # is shortened
+COLORED = r"\b(state|code|code_challenge|code_verifier)(: |=)([\w-]{4}…)"
+CHARACTER = 8.4  # pixels
 
 
-def halves(output: str) -> tuple[str, str]:
-    """Split what the program prints into what it prints before the callback, and the rest."""
-    callback = output.index("   GET ", output.index("\n3. "))
-    return output[:callback], output[callback:]
-
-
-def words_of(page: str) -> str:
-    """Return the words of the login page."""
-    return " ".join(unescape(re.sub(r".*<body>|<[^>]*>", " ", page, flags=re.DOTALL)).split())
-
-
-def log_in() -> tuple[str, str, str, bytes]:
-    """Return what the program prints, in halves, and the login page: its words and a PNG of it."""
+def log_in() -> tuple[str, list[list[str]], list[list[str]]]:
+    """Return what the program prints, and what `read` finds on the login and callback pages."""
     command = [sys.executable, str(SCRIPT), "--no-browser", "--config", os.devnull]
     with Sandbox() as sandbox, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
-        page = browser.new_page(viewport=PAGE_SIZE, device_scale_factor=2)
+        page = browser.new_page()
         environment = {**os.environ, **sandbox.environment, "PYTHONUTF8": "1"}
         pipe = subprocess.PIPE
         with subprocess.Popen(command, env=environment, stdout=pipe, encoding="utf-8") as script:
@@ -79,57 +47,89 @@ def log_in() -> tuple[str, str, str, bytes]:
                 if line.startswith("http"):
                     break
             page.goto(line.strip())
-            words, screenshot = words_of(page.content()), page.screenshot(full_page=True)
+            login_page = read(page, "h1", "p:has(strong)", "li", "button")
             page.click("[value=allow]")
-            before, after = halves(output + script.stdout.read())
+            page.wait_for_url(f"{sandbox.redirect_uri}?**")
+            callback_page = read(page, "h1", "p")
+            output += script.stdout.read()
         assert script.returncode == 0
         browser.close()
-    return before, after, words, screenshot
+    return output, login_page, callback_page
 
 
-def rows_of(output: str, columns: int) -> list[Text]:
-    """Return the lines, wrapped, with a margin around them. Those that begin a step are bold."""
-    rows = [Text()]
-    for line in output.splitlines():
-        indent = " " * (len(line) - len(line.lstrip()))
-        wrapped = textwrap.wrap(line, columns, subsequent_indent=indent, break_on_hyphens=False)
-        style = "bold" if re.match(r"\d\. |Done", line) else ""
-        rows += [Text(f" {row}", style) for row in wrapped or [""]]
-    return [*rows, Text()]
+def read(page: Page, *selectors: str) -> list[list[str]]:
+    """Return the URL of a page, and for each selector the texts of its elements."""
+    return [[page.url], *(page.locator(it).all_inner_texts() for it in selectors)]
 
 
-def window(x: float, y: float, title: str, words: str, rows: list[Text], columns: int) -> str:
-    """Return a window with rows of text in it, and with its words as a description."""
-    console = Console(record=True, file=io.StringIO(), width=columns + 2)  # with the margin
-    console.print(*rows, sep="\n")
-    theme, name = (LIGHT if title == "Browser" else DARK), title.lower().replace(" ", "-")
-    svg = console.export_svg(
-        title=title, theme=theme, code_format=WINDOW, font_aspect_ratio=0.6, unique_id=name
-    )
-    svg = re.sub(' clip-path="[^"]*"', "", svg)  # which is for the one font that rich would load
-    return f'<g transform="translate({x:g} {y:g})"><desc>{escape(words)}</desc>{svg}</g>'
+def lines_of(output: str) -> list[str]:
+    """Return the lines of the output that the picture shows."""
+    lines = []
+    for step, names in SHOWN.items():
+        section = output[output.index(f"\n{step}. ") : output.index(f"\n{step + 1}. ")]
+        lines.append(section.strip().partition(":")[0])
+        for name in names:
+            [line] = re.findall(f"^ +({name}: .*?),?$", section, re.MULTILINE)
+            lines.append(re.sub(RANDOM, r"\1…", line))
+    return [*lines, textwrap.shorten(output.splitlines()[-1], 42, placeholder=" …")]
 
 
-def picture(before: str, after: str, words: str, screenshot: bytes) -> str:
-    """Return the picture: the terminal and the browser on the left, and the rest on the right."""
-    first, last = rows_of(before, LEFT), rows_of(after, RIGHT)
-    empty = [Text()] * (len(last) - len(first) - 5)  # so that both sides are equally high
-    width, height = (LEFT + 2) * COLUMN, len(empty) * ROW
-    right = width + FRAME_WIDTH + GAP
-    top = len(first) * ROW + FRAME_HEIGHT + GAP
-    content = [
-        window(0, 0, "Terminal before the login", before, first, LEFT),
-        window(0, top, "Browser", words, empty, LEFT),
-        window(right, 0, "Terminal after the login", after, last, RIGHT),
-        f'<image x="{TEXT_LEFT}" y="{top + TEXT_TOP:g}" width="{width}" height="{height:g}" '
-        'preserveAspectRatio="xMidYMin" '
-        f'href="data:image/png;base64,{b64encode(screenshot).decode()}"/>',
-        f'<path class="arrow" d="M{width / 2:g} {top - GAP + 8:g}V{top - 6:g}"/>',
-        f'<path class="arrow" d="M{right - GAP + 8} {top + height / 2:g}h28V60H{right - 6}"/>',
-    ]
-    size = right + (RIGHT + 2) * COLUMN + FRAME_WIDTH, len(last) * ROW + FRAME_HEIGHT
-    return SVG.format(*size, "\n".join(content))
+def address(url: str, *names: str) -> str:
+    """Return a URL for the address bar: without the scheme, and only with some parameters."""
+    parts = urlsplit(url)
+    parameters = "&".join(it for it in parts.query.split("&") if it.partition("=")[0] in names)
+    path = re.sub("/.*/", "/…/", parts.path)
+    return re.sub(RANDOM, r"\1…", f"{parts.netloc}{path}?…{parameters}")
+
+
+def text(x: float, y: int, words: str, style: str) -> str:
+    return f'<text x="{x:g}" y="{y}" class="{style}">{escape(words, quote=False)}</text>\n'
+
+
+def code(x: int, y: int, words: str, style: str) -> str:
+    """Return a text in the font of terminals, with colored boxes behind some values."""
+    boxes = ""
+    for it in re.finditer(COLORED, words):
+        left = x + it.start(3) * CHARACTER - 1
+        boxes += f'<rect x="{left:g}" y="{y - 13}" width="44" height="17" rx="4" class="{it[1]}"/>'
+    # Fonts differ in width: with textLength, each value is where its box is.
+    svg = text(x, y, words, f'code {style}" textLength="{len(words) * CHARACTER:g}')
+    return boxes + re.sub(COLORED, r"\1\2<tspan>\3</tspan>", svg)
+
+
+def draw_terminal(output: str) -> str:
+    svg = ""
+    y = 48
+    for line in lines_of(output):
+        is_title = re.match(r"\d\.|Done", line)
+        y += 8 if line.startswith("3.") else 0  # a gap
+        svg += code(18, y, line, "light bold") if is_title else code(30, y, line, "light")
+        y += 17
+    return svg
+
+
+def draw_browser(login_page: list[list[str]], callback_page: list[list[str]]) -> str:
+    [url], [title], [request], scopes, buttons = login_page
+    svg = code(441, 48, address(url, "state"), "dark") + text(440, 86, title, "dark bold")
+    svg += text(440, 108, request, "dark") + text(440, 130, "• " + " • ".join(scopes), "dark")
+    x = 440.5
+    for name in buttons:
+        style = "marked" if name == "Allow" else "button"
+        width = 7 * len(name) + 16
+        svg += f'<rect x="{x}" y="142.5" width="{width}" height="24" rx="4" class="{style}"/>'
+        svg += text(x + width / 2, 159, name, "dark middle")
+        x += width + 8
+    [url], [title], [advice] = callback_page
+    svg += code(441, 218, address(url, "code", "state"), "dark")
+    return svg + text(440, 260, title, "dark bold") + text(440, 282, advice, "dark")
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(picture(*log_in()), encoding="utf-8")
+    printed, *pages = log_in()
+    parts = {"terminal": draw_terminal(printed), "browser": draw_browser(*pages)}
+    words = f"Terminal:\n{parts['terminal']}Browser:\n{parts['browser']}"
+    parts["description"] = re.sub("<[^>]*>", "", words)
+    picture = PICTURE.read_text(encoding="utf-8")
+    for part, content in parts.items():
+        picture = re.sub(f'(?s)(id="{part}">).*?(?=</(g|desc)>)', rf"\1\n{content}", picture)
+    PICTURE.write_text(picture, encoding="utf-8")
