@@ -447,13 +447,13 @@ def error_in(response: requests.Response, content: Any) -> LoginError:
     """Return the error that a response reports. content: the JSON in the response, or None"""
     details = content if isinstance(content, dict) else {}
     reason = describe(details)
-    is_text = response.headers.get("Content-Type", "").startswith("text/plain")
-    if response.status_code == 403 and is_text:  # as sipgate's API sends it
-        reason = response.text.strip(" .\n")
     error = str(details.get("error") or "")
     if "Bearer" in response.request.headers.get("Authorization", ""):  # RFC 6750, section 3.1
+        is_text = response.headers.get("Content-Type", "").startswith("text/plain")
         if response.status_code == 401:
             error = "invalid_token"
+        elif response.status_code == 403 and is_text:  # as sipgate's API sends it
+            reason = response.text.strip(" .\n")
         elif response.status_code == 403 and reason in ("", "Forbidden"):
             error = "insufficient_scope"
     advice = ADVICE.get(error, CHECK_URL)
