@@ -6,13 +6,14 @@
     GET  /               the user's account, or a link to log in
     GET  /login          sends the browser to sipgate
     GET  REDIRECT_URI    the callback, where the browser comes back with a code
-    POST /logout         ends the login, here and at sipgate
+    POST /logout         ends the login, here and, if it can, at sipgate
 
 OAuth gives this application access to an account, but doesn't tell it who the user is. For that
 ("Log in with ..."), use OpenID Connect and validate the ID token.
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import math
@@ -34,15 +35,20 @@ from waitress import create_server  # type: ignore[import-untyped] # it has no t
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the folder of sipgate_oauth.py
 import sipgate_oauth as oauth  # noqa: E402
 
-LOGIN_LIFETIME = 600  # seconds from the link "Log in" to the callback
-MAX_LOGINS = 10_000  # Anybody can begin logins, and each takes memory until the callback.
+LOGIN_LIFETIME = 600  # seconds from clicking "Log in" to the callback
+# Anybody can begin logins, and each takes memory. Whoever begins this many makes all others fail:
+# in production, limit their rate.
+MAX_LOGINS = 10_000
 REFRESH_EARLY = 30  # seconds before an access token expires
-THREADS = 50  # Each request that waits for sipgate occupies one. In production, limit these, too.
-# The errors that a new login can fix. All others are faults of a server or of the configuration.
-LOG_IN_AGAIN = ("access_denied", "invalid_grant")
+# A request that waits for sipgate, or for another one's refresh, occupies a thread. In production,
+# a proxy must limit waiting requests and idle connections (waitress takes 100).
+THREADS = 50
+# The errors that a new login can fix. (Keycloak sends the last one if its login page has expired.)
+LOG_IN_AGAIN = ("access_denied", "invalid_grant", "temporarily_unavailable")
 # What users can do about an error. What happened goes to stderr, for whoever runs the application.
-LOG_IN = """Your login was denied, was already used, took too long, or began in another browser.
-To go on, log in, and allow access and cookies."""
+LOG_IN = """Your login has ended, was denied, was already used, took too long, or began elsewhere
+(in another tab or browser, or at 127.0.0.1 instead of localhost). To continue, log in, and allow
+access and cookies."""
 TRY_LATER = "It is not your fault. Please try again later."
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
 <h1>{{ title }}</h1><pre>{{ text }}</pre>
@@ -60,22 +66,23 @@ class Login(NamedTuple):
 
 
 class User:
-    """A user who is logged in, with the tokens, which never leave the server."""
+    """A user who is logged in, with the tokens, which never reach the browser."""
 
     def __init__(self, config: oauth.Config, tokens: oauth.Tokens) -> None:
         self.config = config
         self.has_ended = False
-        # One for each user, so that a slow refresh delays nobody else. Several processes would have
-        # to share it: lock the user's row in the database.
+        # One for each user, so that a slow refresh delays nobody else while threads are free.
+        # Several processes would have to share it: lock the user's row in the database.
         self.lock = threading.Lock()
         self.store(tokens)
 
     def store(self, tokens: oauth.Tokens) -> None:
         """Replace the tokens, and note when to refresh them."""
-        # Some servers send it as text. Without it, refresh when the API refuses the token.
-        expires_in = float(tokens.get("expires_in", math.inf))
         self.tokens = tokens
-        self.refresh_at = time.monotonic() + expires_in - REFRESH_EARLY
+        self.refresh_at = math.inf  # If expires_in is missing, refresh when the API says so.
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+            # Some servers send it as text.
+            self.refresh_at = time.monotonic() + float(tokens["expires_in"]) - REFRESH_EARLY
 
     def access_token(self, refused: str = "") -> str:
         """Return an access token. refused: one that the API has refused. Raises LoginError."""
@@ -89,7 +96,7 @@ class User:
                     with requests.Session() as session:
                         self.store(oauth.refresh_tokens(session, self.config, self.tokens))
                 except oauth.LoginError as error:
-                    self.has_ended = error.error in LOG_IN_AGAIN
+                    self.has_ended = error.error == "invalid_grant"
                     raise
             return str(self.tokens["access_token"])
 
@@ -107,7 +114,8 @@ class User:
             return oauth.get_account(session, self.config, self.access_token(access_token))
 
     def log_out(self) -> None:
-        """End the login, and revoke the refresh token, so that a copy of it is worthless."""
+        """End the login and revoke the refresh token, so that a copy of it is worthless. (An access
+        token usually works until it expires.)"""
         with self.lock:  # A refresh may be under way. If so, revoke the new refresh token.
             self.has_ended = True
         if not self.tokens.get("refresh_token"):
@@ -117,18 +125,21 @@ class User:
             "client_id": self.config["CLIENT_ID"],
             "client_secret": self.config["CLIENT_SECRET"] or None,
         }
-        # This is Keycloak's URL, and so sipgate's. Many other servers follow RFC 7009.
+        # This is Keycloak's URL, and so sipgate's. Many other servers follow RFC 7009: use their
+        # revocation endpoint, and call the refresh token `token`.
         url = urljoin(self.config["TOKEN_URL"], "logout")
         try:
             with requests.Session() as session:
                 oauth.request_json(session, "POST", url, form=form)
         except oauth.LoginError as error:
-            report(error)  # The user is logged out here in any case.
+            # Here, the user is logged out in any case. A real application says if sipgate refuses.
+            report(error)
 
 
 def report(error: Exception) -> None:
     """Tell whoever runs the application about an error, in one line."""
-    oauth.say(f"Error: {error}".replace("\n", " "), file=sys.stderr)
+    with contextlib.suppress(SystemExit):  # if stderr is closed, or its disk is full
+        oauth.say(f"Error: {error}".replace("\n", " "), file=sys.stderr)
 
 
 def create_app(config: oauth.Config) -> Flask:
@@ -136,7 +147,7 @@ def create_app(config: oauth.Config) -> Flask:
     uri = urlsplit(config["REDIRECT_URI"])
     is_https = uri.scheme == "https"
     # Other characters have a special meaning in Flask's paths, or browsers encode them.
-    if not re.fullmatch(r"/[\w.~/-]+", uri.path) or uri.path in ("/login", "/logout"):
+    if not re.fullmatch(r"(/[\w.~-]+)+/?", uri.path) or uri.path in ("/login", "/logout"):
         what = f"This application cannot have its callback at the REDIRECT_URI {uri.geturl()}"
         raise oauth.LoginError(what, "Use a path like /oauth, but neither /login nor /logout.")
     app = Flask(__name__, static_folder=None)
@@ -146,10 +157,11 @@ def create_app(config: oauth.Config) -> Flask:
     logins: OrderedDict[str, Login] = OrderedDict()  # the oldest first
     users: dict[str, User] = {}
 
-    # An attacker could plant cookies, from another subdomain or over plain http, and have you work
-    # in their account. Browsers accept those that begin with __Host- only from this host and over
-    # https (RFC 6265bis, a draft, section 4.1.3.2). Plain http is for development. There, the port
-    # is in the names, because all ports of a host share their cookies.
+    # An attacker could plant cookies, from another subdomain or over plain http, and have the user
+    # work in the attacker's account. Browsers accept those that begin with __Host- only from this
+    # host and over https (RFC 6265bis, section 4.1.3.2). Werkzeug before 3.1.9 undoes this, because
+    # it ignores a \xa0 before the name. Plain http is for development. There, the port is in the
+    # names, because all ports of a host share their cookies: other programs still receive them.
     prefix = "__Host-" if is_https else f"{uri.port or 80}-"
     login_cookie = f"{prefix}login"
     user_cookie = f"{prefix}user"
@@ -168,8 +180,8 @@ def create_app(config: oauth.Config) -> Flask:
 
     def redirect_with_cookie(url: str, name: str, value: str) -> Any:
         response = redirect(url, 303)
-        # Scripts cannot read it. "Lax": it is sent after sipgate's redirect, but not with forms on
-        # other sites.
+        # Scripts cannot read it. "Lax": browsers send it after sipgate's redirect, but not with a
+        # POST from another site.
         response.set_cookie(name, value, httponly=True, secure=is_https, samesite="Lax")
         return response
 
@@ -205,14 +217,16 @@ def create_app(config: oauth.Config) -> Flask:
         code = oauth.code_from_callback(parameters)
         with requests.Session() as session:
             tokens = oauth.exchange_code(session, config, code, login.code_verifier)
-        # A new id for each login: an attacker may have planted the old one (session fixation).
+        # A new id for each login: an attacker may have planted the old one (session fixation). Do
+        # not log the old one out at sipgate, where both may be one session.
         users.pop(request.cookies.get(user_cookie, ""), None)
         user_id = secrets.token_urlsafe(32)
         users[user_id] = User(config, tokens)
         return redirect_with_cookie("/", user_cookie, user_id)
 
     # With GET, a link on any site could log the user out. With POST, only a form on another
-    # subdomain can: where it can do more harm, put a secret into your own form and check it.
+    # subdomain can (or on another port of localhost). Before you add a POST that can do more harm,
+    # put a secret into your form and check it.
     @app.post("/logout")
     def log_out() -> Any:
         user = users.pop(request.cookies.get(user_cookie, ""), None)
@@ -260,7 +274,8 @@ def serve(config: oauth.Config, port: int) -> None:
     uri = urlsplit(config["REDIRECT_URI"])
     if uri.scheme == "http":  # There is no proxy: the browser connects to us.
         port = uri.port or 80
-    # Waitress logs no requests. Flask's own server (app.run) would log each code and state.
+    # Waitress logs no requests. Flask's own server (app.run) would log each code and state. So may
+    # your proxy: turn that off for REDIRECT_URI.
     server = create_server(app, sockets=listen(port), threads=THREADS)
     oauth.say(f"Open {urljoin(uri.geturl(), '/')} (listening on port {port})")
     server.run()  # until Ctrl+C
