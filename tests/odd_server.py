@@ -29,7 +29,6 @@ STEPS = {
     "code for tokens": ("/token", 0),
     "account": ("/account", 0),
     "refresh": ("/token", 1),
-    "account again": ("/account", 1),
 }
 
 
@@ -46,8 +45,7 @@ Answer = bytes | Callable[[Request], bytes]
 
 
 def answer(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
-    """Return a response after which the connection stays open. After all others, it is closed."""
-    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: keep-alive"
+    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close"
     return "\r\n".join((head, *headers, "", "")).encode() + body
 
 
@@ -59,22 +57,19 @@ class Handler(socketserver.StreamRequestHandler):
     server: "OddServer"
 
     def handle(self) -> None:
-        said = b"keep-alive"
         with suppress(OSError):  # of a connection that one of the two sides has broken off
-            while b"keep-alive" in said and (first := self.rfile.read(1)):
-                if first == b"\x16":  # TLS, which a plain server does not understand
-                    self.wfile.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-                    return
-                method, target, _ = (first + self.rfile.readline()).decode().split(" ")
-                headers = http.client.parse_headers(self.rfile)
-                body = self.rfile.read(int(headers.get("Content-Length", 0))).decode()
-                form = dict(parse_qsl(body, keep_blank_values=True))
-                request = Request(method, target, headers, form, self.connection)
-                self.server.requests.append(request)
-                answers = self.server.answers.get(target, [b"HTTP/1.1 404 No\r\n\r\n"])
-                chosen = answers.pop(0) if len(answers) > 1 else answers[0]
-                said = chosen(request) if callable(chosen) else chosen
-                self.wfile.write(said)
+            line = self.rfile.readline().decode()
+            if not line:  # a browser's connection that is not used
+                return
+            method, target, _ = line.split(" ")
+            headers = http.client.parse_headers(self.rfile)
+            body = self.rfile.read(int(headers.get("Content-Length", 0))).decode()
+            form = dict(parse_qsl(body, keep_blank_values=True))
+            request = Request(method, target, headers, form, self.connection)
+            self.server.requests.append(request)
+            answers = self.server.answers.get(target, [b"HTTP/1.1 404 No\r\n\r\n"])
+            chosen = answers.pop(0) if len(answers) > 1 else answers[0]
+            self.wfile.write(chosen(request) if callable(chosen) else chosen)
 
 
 class OddServer(socketserver.ThreadingTCPServer):
@@ -84,7 +79,7 @@ class OddServer(socketserver.ThreadingTCPServer):
     host: the host name in its URLs
     answers: the responses for each path, in their order; the last one stays
     environment: the variables for sipgate_oauth.py
-    requests, connections: the requests so far, and the number of connections
+    requests: the requests so far
     """
 
     daemon_threads = True
@@ -96,7 +91,6 @@ class OddServer(socketserver.ThreadingTCPServer):
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
         self.tls = tls
-        self.connections = 0
         self.requests: list[Request] = []
         self.answers: dict[str, list[Answer]] = {
             "/token": [json_answer(TOKENS), json_answer(NEW_TOKENS)],
@@ -119,10 +113,6 @@ class OddServer(socketserver.ThreadingTCPServer):
         path, before = STEPS[step]
         self.answers[path][before:] = [said]
 
-    def get_request(self) -> tuple[socket.socket, Any]:
-        self.connections += 1
-        return super().get_request()
-
     def __enter__(self) -> "OddServer":
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
         return self
@@ -132,14 +122,14 @@ class OddServer(socketserver.ThreadingTCPServer):
         self.server_close()
 
 
-def log_in(script: Script, server: OddServer, answer: str = f"code={CODE}") -> None:
+def log_in(script: Script, server: OddServer) -> None:
     """Send the callback to the script, as the browser does after the login."""
-    visit(f"{server.environment['REDIRECT_URI']}?{answer}&state={script.state()}")
+    visit(f"{server.environment['REDIRECT_URI']}?code={CODE}&state={script.state()}")
 
 
-def failed_login(script: Script, server: OddServer, answer: str = f"code={CODE}") -> str:
+def failed_login(script: Script, server: OddServer) -> str:
     """Log in, and return the error of the script: just one, and nothing that is secret."""
-    log_in(script, server, answer)
+    log_in(script, server)
     script.status()
     sent = (TOKENS, NEW_TOKENS, *(request.form for request in server.requests))
     return script.error(*(values[name] for values in sent for name in SECRETS & values.keys()))

@@ -54,10 +54,9 @@ def refusal(path: Path) -> LoginError:
 # --- Where the values come from -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("encoding", "line_break"), [("utf-8", "\n"), ("utf-8-sig", "\r\n")])
-def test_a_file_is_enough(file: Path, encoding: str, line_break: str) -> None:
+def test_a_file_is_enough(file: Path) -> None:
     text = lines(CLIENT_ID="Müller", ANOTHER_KEY="is no problem")
-    file.write_bytes(text.replace("\n", line_break).encode(encoding))
+    file.write_text(text, encoding="utf-8-sig")  # with a byte order mark
     assert load_config(file) == ({**GOOD, "CLIENT_ID": "Müller"}, [])
 
 
@@ -67,26 +66,12 @@ def test_the_environment_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load_config(tmp_path / "missing.env") == (GOOD, [])
 
 
-@pytest.mark.parametrize("key", GOOD)
-def test_the_environment_overrides_the_file(
-    file: Path, monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
-    monkeypatch.setenv(key, GOOD[key] + "2")
-    assert load_config(file) == ({**GOOD, key: GOOD[key] + "2"}, [key])
-
-
-def test_an_empty_variable_overrides_the_file_too(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CLIENT_ID", "")
-    assert refusal(file).what == "CLIENT_ID is missing"
-
-
-def test_the_same_value_in_the_environment_overrides_nothing(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CLIENT_ID", GOOD["CLIENT_ID"])
-    assert load_config(file) == (GOOD, [])
+def test_the_environment_overrides_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLIENT_ID", GOOD["CLIENT_ID"])  # the same: nothing is overridden
+    monkeypatch.setenv("CLIENT_SECRET", "")
+    monkeypatch.setenv("OAUTH_SCOPE", "users:read")
+    changed = {"CLIENT_SECRET": "", "OAUTH_SCOPE": "users:read"}
+    assert load_config(file) == ({**GOOD, **changed}, ["CLIENT_SECRET", "OAUTH_SCOPE"])
 
 
 def test_step_1_names_the_keys_that_the_environment_overrides(start: Start, file: Path) -> None:
@@ -111,19 +96,11 @@ def test_the_example_has_the_values_of_sipgate_and_lacks_only_the_client() -> No
     )
 
 
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [
-        ("$HOME${HOME}$$", "$HOME${HOME}$$"),
-        (r"it's#1\\ \'", r"it's#1\\ \'"),
-        ("a # comment", "a"),
-        ("'a # b'", "a # b"),
-        (r"'\'it\'s\' \\'", r"'it's' " + "\\"),
-    ],
-)
-def test_a_value_means_what_the_example_says(file: Path, written: str, meant: str) -> None:
-    file.write_text(lines(CLIENT_SECRET=written), encoding="utf-8")
-    assert load_config(file)[0]["CLIENT_SECRET"] == meant
+def test_a_value_means_what_the_example_says(file: Path) -> None:
+    file.write_text(lines(CLIENT_ID=r"${HOME}'s \'", CLIENT_SECRET=r"'\'${HOME} # \\'"))
+    config, _ = load_config(file)
+    assert config["CLIENT_ID"] == "${HOME}'s \\'"
+    assert config["CLIENT_SECRET"] == "'${HOME} # \\"
 
 
 # --- What is wrong with a value -------------------------------------------------------------------
@@ -135,11 +112,9 @@ ANY_VALUE = {
     "nothing": ("{good}", ""),
     "only spaces": ("  ", "is missing"),
     "a placeholder": ("{good}YOUR_REALM", "still contains YOUR_REALM"),
+    "a space at the start": (" {good}", UNSEEN),
     "a space at the end": ("{good} ", UNSEEN),
-    "a no-break space at the start": ("\xa0{good}", UNSEEN),
-    "a line break": ("{good}\n", UNSEEN),
-    "a character that reverses text": ("a\u202eb", UNSEEN),
-    "a zero-width space": ("{good}\u200b", UNSEEN),
+    "a zero-width space": ("a\u200bb", UNSEEN),
     "double quotes, as Docker keeps them": ('"{good}"', QUOTED),
     "single quotes": ("'{good}'", QUOTED),
     "English quotes of a word processor": ("“{good}”", QUOTED),
@@ -149,24 +124,19 @@ ANY_VALUE = {
     "French quotes": ("«{good}»", QUOTED),
 }
 GOOD_URLS = {
-    "a port": "http://localhost:80/oauth",
     "capitals": "HTTP://LocalHost",
     "IPv6, and the highest port": "http://[::1]:65535",
     "an @ in the path, and a query": "http://127.0.0.1/a@b?c=d",
-    "https": "https://host",
-    "https in capitals, and a query": "HTTPS://Host:8443/a?b=c",
+    "https to another computer": "https://Host:8443/a?b=c",
 }
 BAD_URLS = {
     "unencrypted to another computer": "http://example.com/",
     "localhost at the end of a name": "http://x.localhost/",
-    "localhost at the start of a name": "http://localhost.example.com/",
     "another scheme": "ftp://localhost/",
     "no host": "https:///a",
-    "half an IPv6 address": "http://[::1/",
     "a user and a password": "https://user:word@host/",
     "port 0": "http://localhost:0/",
     "a port above 65535": "https://host:65536/",
-    "a port that is not a number": "http://localhost:x/",
     "a fragment": "http://localhost/#a",
     "a letter that is not ASCII": "https://ü/",
     "a backslash": "http://localhost/a\\b",
@@ -195,15 +165,12 @@ def test_a_value_that_is_not_a_url_may_be_any_text(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_only_the_client_secret_may_be_empty(file: Path, key: str) -> None:
-    file.write_text(lines(**{key: ""}))
-    if key == "CLIENT_SECRET":
-        assert load_config(file)[0] == {**GOOD, "CLIENT_SECRET": ""}
-    else:
-        assert refusal(file).what == f"{key} is missing"
+def test_only_the_client_secret_may_be_empty(key: str) -> None:
+    assert problem_with(key, "") == ("" if key == "CLIENT_SECRET" else "is missing")
+    assert problem_with(key, None) == "is missing"
 
 
-@pytest.mark.parametrize("line", ["", "CLIENT_SECRET\n", f"CLIENT_SECRET='{SECRET}'s'\n"])
+@pytest.mark.parametrize("line", ["", f"CLIENT_SECRET='{SECRET}'s'\n"])
 def test_a_client_secret_without_a_value_is_missing(file: Path, line: str) -> None:
     file.write_text(lines().replace(f"CLIENT_SECRET={SECRET}\n", line))
     assert refusal(file).what == "CLIENT_SECRET is missing"
@@ -214,10 +181,10 @@ REALMS = [
     ({"CLIENT_ID": "1-2-apps:third-party"}, ""),
     ({"CLIENT_ID": "1-2:sipgate-apps"}, "CLIENT_ID and the URLs must name the same realm, not "),
     ({"AUTH_URL": "https://a/realms/apps/auth"}, "not apps and third-party"),
-    ({"TOKEN_URL": "https://a/realms/Third-Party/token"}, "not Third-Party and third-party"),
     ({"AUTH_URL": "https://a/realms/YOUR_REALM/auth"}, "AUTH_URL still contains YOUR_REALM"),
     ({"CLIENT_ID": "a:sipgate-apps-2"}, ""),
     ({"CLIENT_ID": "sipgate-apps"}, ""),
+    ({"CLIENT_SECRET": "a:sipgate-apps"}, ""),
     ({"AUTH_URL": "https://a/auth", "TOKEN_URL": "https://b/c", "CLIENT_ID": "d:e"}, ""),
 ]
 
@@ -236,19 +203,16 @@ def test_a_missing_file_is_told_with_its_remedies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AUTH_URL", "http://example.com/")
-    error = refusal(tmp_path / "config.env")
-    assert error.what.startswith(
-        f"There is no file {tmp_path / 'config.env'}; CLIENT_ID is missing"
-    )
+    path = tmp_path / "config.env"
+    error = refusal(path)
+    assert error.what.startswith(f"There is no file {path}; CLIENT_ID is missing; ")
     assert "AUTH_URL is not a URL" in error.what
-    assert "Copy config.example.env to config.env" in error.advice
-    assert "--config .env" in error.advice
-    assert "Try it now" in error.advice
+    for remedy in ("Copy config.example.env to config.env", "--config .env", '"Try it now"'):
+        assert remedy in error.advice
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_a_file_that_is_not_utf_8_cannot_be_read(file: Path, encoding: str) -> None:
-    file.write_text(lines(CLIENT_ID="Müller"), encoding=encoding)
+def test_a_file_that_is_not_utf_8_cannot_be_read(file: Path) -> None:
+    file.write_text(lines(), encoding="utf-16")
     error = refusal(file)
     assert error.what.startswith(f"Cannot read {file}: ")
     assert "UTF-8" in error.advice
@@ -273,28 +237,21 @@ def test_everything_wrong_is_told_at_once(start: Start, file: Path) -> None:
 
 # --- The command line -----------------------------------------------------------------------------
 
-TIMEOUTS = [f"--timeout={seconds}" for seconds in ("nan", "inf", "0", "-1", "abc", "86400.5")]
 
-
-@pytest.mark.parametrize("argument", [*TIMEOUTS, "--no-such-option"])
-def test_wrong_usage_names_the_option(start: Start, argument: str) -> None:
-    script = start(argument)
+@pytest.mark.parametrize("seconds", ["0", "86400.5"])
+def test_a_timeout_that_is_out_of_range_is_refused(start: Start, seconds: str) -> None:
+    script = start("--timeout", seconds)
     assert (script.status(), script.stdout) == (2, "")
-    assert argument.partition("=")[0] in script.stderr.splitlines()[-1]
+    assert "--timeout must be greater than 0" in script.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("seconds", ["0.5", "86400"])
-def test_a_timeout_of_up_to_a_day_is_taken(server: OddServer, start: Start, seconds: str) -> None:
-    assert f" {seconds} s" in start("--timeout", seconds, **server.environment).until("3. ")
+def test_a_timeout_of_a_day_is_taken(server: OddServer, start: Start) -> None:
+    assert " 86400 s" in start("--timeout=86400", **server.environment).until("3. ")
 
 
-def test_the_help_names_all_options_with_their_defaults(start: Start) -> None:
+def test_the_help_names_the_default_configuration(start: Start) -> None:
     script = start("--help", COLUMNS="500", NO_COLOR="1")
-    assert script.status() == 0
-    options = re.findall(r"^  (--\S+(?: [A-Z]+)?)  ", script.stdout, re.MULTILINE)
-    assert options == ["--config CONFIG", "--no-browser", "--timeout TIMEOUT", "--show-tokens"]
-    defaults = re.findall(r"default: ([^)\n]+)", script.stdout)
-    assert defaults == [str(ROOT / "config.env"), "300"]
+    assert f"(default: {ROOT / 'config.env'})" in script.until("--config CONFIG ")
 
 
 def test_an_old_python_is_one_error(environment: dict[str, str]) -> None:

@@ -2,11 +2,7 @@
 
 import json
 import os
-import re
-import socket
 import ssl
-import struct
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import requests
 import trustme
-from odd_server import NEW_TOKENS, STEPS, TOKENS, OddServer, answer, failed_login, json_answer
+from odd_server import NEW_TOKENS, TOKENS, OddServer, answer, failed_login, json_answer
 from script import Script, clean_environment
 
 from sipgate_oauth import (
@@ -91,10 +87,10 @@ def test_a_password_in_netrc_replaces_no_token(server: OddServer, tmp_path: Path
 CA = trustme.CA()  # a certificate authority that no machine knows
 
 
-def tls_server(host: str, name: str | None = None) -> OddServer:
-    """A server with this host in its URLs, and perhaps another name in its certificate."""
+def tls_server(host: str) -> OddServer:
+    """A server with this host in its URLs and in its certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    CA.issue_cert(name or host).configure_cert(context)
+    CA.issue_cert(host).configure_cert(context)
     return OddServer(context, host)
 
 
@@ -106,23 +102,17 @@ def tunnel_to(server: Any, request: Any) -> bytes:
     return b""
 
 
-@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "ALL_PROXY"])
-def test_a_proxy_carries_https_and_nothing_else(server: OddServer, variable: str) -> None:
+def test_a_proxy_carries_https_and_nothing_else(server: OddServer) -> None:
     with OddServer() as proxy, tls_server(NOWHERE) as https:
         proxy.answers[https.host] = [lambda request: tunnel_to(https, request)]
-        variables = {variable: f"http://{proxy.host}", "HTTP_PROXY": f"http://{proxy.host}"}
+        variables = {"ALL_PROXY": f"http://{proxy.host}", "HTTP_PROXY": f"http://{proxy.host}"}
         with CA.cert_pem.tempfile() as known:
             assert four_requests(https, REQUESTS_CA_BUNDLE=known, **variables) == NEW_TOKENS
         assert four_requests(server, **variables) == NEW_TOKENS
-        assert [request.method for request in proxy.requests] == ["CONNECT"]
+        assert {request.method for request in proxy.requests} == {"CONNECT"}
 
 
 # --- What is shown --------------------------------------------------------------------------------
-
-
-def test_the_steps_print_nothing(server: OddServer, capsys: Capture) -> None:
-    four_requests(server)
-    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -165,98 +155,48 @@ def test_tokens_in_a_response_are_masked_at_every_depth(
     assert "sEcret-long" not in shown
 
 
-CONTROLS = "".join(map(chr, (*range(0x20), *range(0x7F, 0xA0))))
-HARMFUL = CONTROLS + "\u061c\u200e\u200f\u2028\u2029\u202a\u202e\u2066\u2069\ufeff\udfff\ud800"
-
-
 def test_text_of_a_server_cannot_control_a_terminal(server: OddServer, start: Start) -> None:
-    odd = f"<{HARMFUL}>"
-    reason = f"<{CONTROLS}>".replace("\n", "").encode("latin-1")
-    refusal = json_answer({"error": odd, "error_description": odd}, "400 reason")
-    server.answer_at("code for tokens", json_answer({**TOKENS, odd: odd}))
-    server.answer_at("account", json_answer({odd: [odd]}))
-    server.answer_at("refresh", refusal.replace(b"reason", reason))
+    odd = "\x1b[31m\x9b31m"
+    server.answer_at("account", json_answer({odd: odd}))
+    refusal = json_answer({"error": odd, "error_description": odd}, f"400 {odd}")
+    server.answer_at("refresh", refusal)
     script = start(**server.environment)
-    what = failed_login(script, server).splitlines()[0]
-    assert what.count("<") == what.count(">") == 2
-    assert set(HARMFUL) & set(script.stdout + script.stderr) == {"\n"}
+    failed_login(script, server)
+    assert script.stderr.count("[31m") == 2
+    assert not {"\x1b", "\x9b"} & set(script.stdout + script.stderr)
 
 
 # --- Faults of the network ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "bundle", "told"),
-    [
-        (NOWHERE, None, "certificate verify failed: IP address mismatch"),
-        ("127.0.0.1", "", "certificate verify failed: unable to get local issuer"),
-        ("127.0.0.1", "missing.pem", "missing.pem"),
-    ],
-)
-def test_a_certificate_that_proves_nothing_is_an_error(
-    name: str, bundle: str | None, told: str
-) -> None:
-    with CA.cert_pem.tempfile() as known, tls_server("127.0.0.1", name) as server:
-        trusted = known if bundle is None else bundle
-        error = failure(server.environment["TOKEN_URL"], variables={"REQUESTS_CA_BUNDLE": trusted})
-        assert told in error.what
+def test_a_certificate_that_proves_nothing_is_an_error() -> None:
+    with tls_server("127.0.0.1") as server:
+        error = failure(server.environment["TOKEN_URL"])
+        assert "certificate verify failed: unable to get local issuer" in error.what
         assert server.requests == []
 
 
 @pytest.mark.parametrize(
-    "proxy",
-    [
-        "HTTPS_PROXY=http://erika:pAss@127.0.0.1:1",
-        "HTTPS_PROXY=http://erika:pAss#word@proxy:8080",
-        "HTTPS_PROXY=erika:pAss@127.0.0.1:3128",
-        "HTTPS_PROXY=http://erika:pAss@{server.host}",
-        "ALL_PROXY=socks5://erika:pAss@127.0.0.1:1",
-    ],
+    "proxy", ["http://erika:pAss#word@proxy:8080", "http://erika:pAss@{server.host}"]
 )
 def test_a_proxy_that_cannot_be_used_is_an_error(server: OddServer, proxy: str) -> None:
     server.answers[f"{NOWHERE}:443"] = [answer(b"", status="407 Password please")]
-    variable, _, url = proxy.format(server=server).partition("=")
-    error = failure(f"https://{NOWHERE}/token", variables={variable: url})
+    variables = {"HTTPS_PROXY": proxy.format(server=server)}
+    error = failure(f"https://{NOWHERE}/token", variables=variables)
     assert "pAss" not in str(error)
 
 
-def test_a_server_that_cannot_be_reached_is_an_error(server: OddServer) -> None:
-    assert "refused" in failure("http://127.0.0.1:1/a?b=c").what
-    assert "SSL" in failure(f"https://{server.host}/a").what  # has no TLS
-    assert "[Errno " in failure(f"https://{NOWHERE}/a").what
+def test_a_server_that_cannot_be_reached_is_an_error() -> None:
+    error = failure("http://127.0.0.1:1/a?b=c")
+    assert "refused" in error.what
+    for setting in ("HTTPS_PROXY", "ALL_PROXY", "PySocks", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        assert setting in error.advice
     assert "LocationParseError" in failure("https://sipgate..invalid/a").what
 
 
-def test_the_advice_names_what_decides_about_a_connection() -> None:
-    advice = " ".join(failure("http://127.0.0.1:1/a").advice.split())
-    assert "the proxy in the settings of Windows or macOS" in advice
-    for setting in ("HTTPS_PROXY", "ALL_PROXY", "PySocks", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        assert setting in advice
-
-
-def reset(request: Any) -> bytes:
-    """Break the connection off, as a firewall does."""
-    linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    request.connection.close()
-    return b""
-
-
-@pytest.mark.parametrize(
-    ("response", "reason"),
-    [
-        (b"", "Remote end closed connection without response"),
-        (reset, "reset by peer|forcibly closed"),  # Windows has words of its own
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{}", "ChunkedEncodingError"),
-        (answer(b"{}", "Content-Encoding: gzip"), "ContentDecodingError"),
-    ],
-)
-def test_a_broken_response_is_an_error_with_its_reason(
-    server: OddServer, response: Any, reason: str
-) -> None:
-    server.answers["/a"] = [response]
-    error = failure(f"http://{server.host}/a")
-    assert re.search(f"/a failed: .*({reason})$", error.what)
+def test_a_response_that_cannot_be_decompressed_has_a_reason(server: OddServer) -> None:
+    server.answers["/a"] = [answer(b"{}", "Content-Encoding: gzip")]
+    assert failure(f"http://{server.host}/a").what.endswith("/a failed: ContentDecodingError")
 
 
 def test_a_server_that_never_responds_is_given_up_after_10_seconds(server: OddServer) -> None:
@@ -269,26 +209,19 @@ def test_a_server_that_never_responds_is_given_up_after_10_seconds(server: OddSe
 
 def test_an_exception_that_the_caller_handles_is_not_the_reason() -> None:
     """It may contain a secret, such as the password of a database."""
-    proxy_without_support = {"HTTPS_PROXY": "socks5://127.0.0.1:1"}
+    variables = {"HTTPS_PROXY": "socks5://127.0.0.1:1"}  # which needs PySocks
     try:
         raise ConnectionError("redis://:pAss@db")
     except ConnectionError:
-        errors = [
-            failure("http://127.0.0.1:1/a"),
-            failure(f"https://{NOWHERE}/a", variables=proxy_without_support),
-        ]
-    assert "refused" in errors[0].what
-    assert "pAss" not in "".join(map(str, errors))
+        error = failure(f"https://{NOWHERE}/a", variables=variables)
+    assert "pAss" not in str(error)
 
 
 def test_a_request_of_ones_own_fails_with_advice(server: OddServer) -> None:
-    def devices_at(session: requests.Session, url: str) -> Any:
-        return request_json(session, "GET", url)
-
-    error = failure(f"http://{server.host}/devices", devices_at)
-    assert error.what.endswith("/devices got 404 No: the response gives no reason")
-    assert "Check this URL" in error.advice
-    assert "check the URL" in failure("http://127.0.0.1:1/devices", devices_at).advice
+    with requests.Session() as session, pytest.raises(LoginError) as caught:
+        request_json(session, "GET", f"http://{server.host}/devices")
+    assert caught.value.what.endswith("/devices got 404 No: the response gives no reason")
+    assert "Check this URL" in caught.value.advice
 
 
 def test_a_bug_is_not_told_as_a_fault_of_the_network() -> None:
@@ -319,16 +252,19 @@ NO_SCOPE = "insufficient_scope"
     ("status", "body", "reason", "advice"),
     [
         ("200 OK", b"<h1>Log in to the Wi-Fi</h1>", NOT_JSON, FIREWALL),
-        ("200 OK", GOOD[:-9], NOT_JSON, FIREWALL),
         ("200 OK", b'{"a": "not UTF-8: \xff"}', NOT_JSON, FIREWALL),
         ("200 OK", b'"error"', NO_REASON, CHECK),
         ("404 Not Found", b"", NO_REASON, CHECK),
         ("404 Not Found", GOOD, NO_REASON, CHECK),
         ("400 Bad Request", b'{"error": ["a"], "error_description": {}}', NO_REASON, CHECK),
         ("200 OK", GOOD.replace(b"{", b'{"error": "server_error", '), "server_error", CHECK),
+        ("401 A", b'{"error": "invalid_client"}', "invalid_client", "Check CLIENT_ID and CLIENT_S"),
+        ("400 B", b'{"error": "unauthorized_client"}', "unauthorized_client", "grant is enabled"),
+        ("400 B", b'{"error": "invalid_grant"}', "invalid_grant", "or already used. Start again"),
+        ("400 B", b'{"error": "invalid_scope"}', "invalid_scope", "and all that it requires"),
     ],
 )
-def test_an_unusable_response_is_an_error(
+def test_an_unusable_response_is_an_error_with_advice(
     server: OddServer, status: str, body: bytes, reason: str, advice: str
 ) -> None:
     server.answers["/a?xyz"] = [answer(body, status=status)]
@@ -338,53 +274,25 @@ def test_an_unusable_response_is_an_error(
     assert "xyz" not in str(error)
 
 
-@pytest.mark.parametrize("status", ["301 A", "302 B", "303 C", "307 D", "308 E"])
-def test_a_redirect_is_an_error_and_not_followed(server: OddServer, status: str) -> None:
-    server.answers["/a"] = [answer(GOOD, "Location: /account?code=xyz", status=status)]
+def test_a_redirect_is_an_error_and_not_followed(server: OddServer) -> None:
+    server.answers["/a"] = [answer(GOOD, "Location: /account?code=xyz", status="302 Found")]
     error = failure(f"http://{server.host}/a")
-    assert f" got {status}: redirects are not followed" in error.what
+    assert " got 302 Found: redirects are not followed" in error.what
     assert "the URL in Location" in error.advice
     assert "xyz" not in str(error)
     assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize(
-    ("code", "advice"),
-    [
-        ("access_denied", "allow access"),
-        ("invalid_client", "Check CLIENT_ID and CLIENT_SECRET"),
-        ("invalid_client", '"At another provider"'),
-        ("unauthorized_client", "whether the authorization code grant is enabled"),
-        ("invalid_grant", "expired, or already used. Start again"),
-        ("invalid_scope", "Separate the scopes in OAUTH_SCOPE with spaces"),
-        ("invalid_scope", "all that it requires"),  # Missing required scope(s) ["openid"]
-        ("server_error", CHECK),
-    ],
-)
-@pytest.mark.parametrize("status", ["200 OK", "401 Unauthorized", "403 Forbidden"])
-def test_the_advice_fits_an_error_of_the_token_endpoint(
-    server: OddServer, status: str, code: str, advice: str
-) -> None:
-    content = {"error": code, "error_description": "Told: by the server."}
-    server.answers["/a"] = [json_answer(content, status)]
-    error = failure(f"http://{server.host}/a")
-    assert error.what.endswith(f" got {status}: {code}: Told: by the server")
-    assert advice in error.advice
-    assert error.error == code
-
-
-@pytest.mark.parametrize(
     ("status", "body", "reason", "advice", "code"),
     [
-        ("401 Unauthorized", b"{}", NO_REASON, EXPIRED, "invalid_token"),
         ("401 Unauthorized", b'{"error": "odd"}', "odd", EXPIRED, "invalid_token"),
         ("401 Unauthorized", b"<h1>No</h1>", NOT_JSON, FIREWALL, "invalid_token"),
         ("403 Forbidden", b"", NO_REASON, SCOPE, NO_SCOPE),
         ("403 Forbidden", b'{"message": "Forbidden"}', "Forbidden", SCOPE, NO_SCOPE),
         ("403 No", b'{"error": "insufficient_scope"}', NO_SCOPE, SCOPE, NO_SCOPE),
-        ("403 Forbidden", b'{"error": "rate_limited"}', "rate_limited", CHECK, "rate_limited"),
         ("403 Forbidden", b'{"message": "Account suspended"}', "Account suspended", CHECK, ""),
-        ("500 Internal Server Error", b'{"message": "No."}', "No", CHECK, ""),
+        ("500 Server Error", b"{}", NO_REASON, CHECK, ""),
     ],
 )
 def test_the_advice_fits_an_error_of_the_api(
@@ -397,38 +305,20 @@ def test_the_advice_fits_an_error_of_the_api(
     assert error.error == code
 
 
-def test_a_403_may_give_its_reason_in_plain_text(server: OddServer) -> None:
-    """As one of sipgate's API does."""
+def test_only_a_403_gives_its_reason_in_plain_text(server: OddServer) -> None:
+    """As one of sipgate's API does. Other plain text may contain what the server received."""
     text = b"This endpoint requires a sipgate Classic PBX Account.\n"
-    server.answers["/a"] = [answer(text, "Content-Type: text/plain", status="403 Forbidden")]
-    error = failure(f"http://{server.host}/a", account_at)
-    assert error.what.endswith("/a got 403 Forbidden: " + text.decode()[:-2])
+    for status in ("403 Forbidden", "500 Server Error"):
+        server.answers[f"/{status[:3]}"] = [answer(text, "Content-Type: text/plain", status=status)]
+    error = failure(f"http://{server.host}/403", account_at)
+    assert error.what.endswith(" got 403 Forbidden: " + text.decode()[:-2])
     assert (error.advice, error.error) == (CHECK + ".", "")
-
-
-def test_no_other_plain_text_is_told(server: OddServer) -> None:
-    """A framework that is being debugged may respond with all that it received."""
-
-    def everything(request: Any) -> bytes:
-        body = json.dumps(request.form).encode()
-        return answer(body + b".", "Content-Type: text/plain", status="500 Server Error")
-
-    server.answers["/token"] = [everything]
-    with pytest.raises(LoginError) as caught:
-        four_requests(server)
-    assert caught.value.what.endswith(f"500 Server Error: {NOT_JSON}")
+    assert failure(f"http://{server.host}/500").what.endswith(NOT_JSON)
 
 
 def test_a_traceback_of_the_error_shows_nothing_that_the_error_leaves_out() -> None:
     error = failure("http://127.0.0.1:1/a?api_key=sAAAAAAA")
     assert "sAAAAAAA" not in "".join(traceback.format_exception(error))
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_each_step_ends_in_one_error(server: OddServer, start: Start, step: str) -> None:
-    server.answer_at(step, json_answer({"error": "server_error"}, "500 No"))
-    assert server.host in failed_login(start(**server.environment), server)
-    assert len(server.requests) == [*STEPS].index(step) + 1
 
 
 def test_an_error_is_a_sentence_for_those_who_print_it() -> None:
@@ -452,29 +342,29 @@ def test_an_unusual_response_is_good_enough(server: OddServer, response: bytes) 
     assert four_requests(server)["access_token"] == TOKENS["access_token"]
 
 
-@pytest.mark.parametrize("content", [{}, [], [{"id": 1}], {"error": None}])
-def test_an_account_may_be_any_object_or_list(server: OddServer, content: Any) -> None:
-    server.answers["/a"] = [json_answer(content)]
+@pytest.mark.parametrize(
+    ("response", "account"),
+    [
+        (json_answer({}), {}),
+        (json_answer([]), []),
+        (answer(b"", status="204 No Content"), None),  # as after a message that the API has sent
+    ],
+)
+def test_an_account_may_be_any_object_or_list_or_nothing(
+    server: OddServer, response: bytes, account: Any
+) -> None:
+    server.answers["/a"] = [response]
     with requests.Session() as session:
-        assert account_at(session, f"http://{server.host}/a") == content
-
-
-def test_no_content_is_a_success(server: OddServer) -> None:
-    """As after a message that the API has sent."""
-    server.answers["/a"] = [answer(b"", status="204 No Content")]
-    with requests.Session() as session:
-        assert account_at(session, f"http://{server.host}/a") is None
+        assert account_at(session, f"http://{server.host}/a") == account
 
 
 @pytest.mark.parametrize(
     "response",
     [
-        {"token_type": "Bearer"},
         {"token_type": "Bearer", "access_token": 7},
         {"access_token": "a"},
         {"access_token": "a", "token_type": "MAC"},
         [TOKENS],
-        None,
     ],
 )
 def test_a_response_without_a_bearer_token_is_an_error(response: Any) -> None:
@@ -496,7 +386,6 @@ def test_tokens_must_be_in_both_responses(server: OddServer, before: list[bytes]
     [
         ({"refresh_token": "new"}, "new"),
         ({}, "old"),
-        ({"refresh_token": None}, "old"),
         ({"refresh_token": ""}, "old"),
     ],
 )
@@ -510,10 +399,12 @@ def test_the_old_refresh_token_stays_unless_there_is_a_new_one(
     assert tokens == {"access_token": "a", "token_type": "Bearer", "refresh_token": kept}
 
 
-@pytest.mark.parametrize("tokens", [{}, {"refresh_token": None}, {"refresh_token": ""}])
+@pytest.mark.parametrize("tokens", [{}, {"refresh_token": ""}])
 def test_without_a_refresh_token_nothing_is_sent(server: OddServer, tokens: Any) -> None:
     with requests.Session() as session, pytest.raises(LoginError) as caught:
         refresh_tokens(session, server.environment, tokens)
     assert f"{server.host} sent no refresh token" in caught.value.what
     assert caught.value.error == "invalid_grant"
+    assert "offline_access" in caught.value.advice
+    assert "?prompt=consent" in caught.value.advice
     assert server.requests == []
