@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import requests
 import trustme
+import urllib3
 from odd_server import NEW_TOKENS, TOKENS, OddServer, answer, failed_login, json_answer
 from script import Script, clean_environment
 
@@ -224,12 +225,22 @@ def test_a_request_of_ones_own_fails_with_advice(server: OddServer) -> None:
     assert "Check this URL" in caught.value.advice
 
 
-def test_a_bug_is_not_told_as_a_fault_of_the_network() -> None:
-    class Buggy(requests.Session):
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (TypeError("a bug"), TypeError),
+        # requests wraps most errors of urllib3, but not all.
+        (urllib3.exceptions.HTTPError("a fault"), LoginError),
+    ],
+)
+def test_a_bug_is_not_told_as_a_fault_of_the_network(
+    raised: Exception, seen: type[Exception]
+) -> None:
+    class Failing(requests.Session):
         def send(self, *arguments: Any, **settings: Any) -> requests.Response:
-            raise TypeError("a bug")
+            raise raised
 
-    with Buggy() as session, pytest.raises(TypeError):
+    with Failing() as session, pytest.raises(seen):
         request_json(session, "GET", "http://127.0.0.1:1")
 
 
