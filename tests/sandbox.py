@@ -7,6 +7,7 @@
 #     "python-dotenv>=1.0.1,<2",
 #     "requests>=2.32.4,<3",
 #     "waitress>=3.0.2,<4",
+#     "Werkzeug>=3.1.9,<4",
 # ]
 # ///
 """A stand-in for sipgate on this computer: see sipgate_oauth.py at work without an account.
@@ -18,33 +19,23 @@ The first command runs sipgate_oauth.py against a local server and exits with th
 The second runs only the server, for a program of your own: it prints the configuration and then a
 line for each request, which says how to correct a mistake.
 
-The server has the paths of sipgate's login server (a Keycloak) and API:
-
-    GET, POST .../auth   the login page, which redirects the browser with an authorization code
-    POST .../token       exchanges an authorization code or a refresh token for new tokens
-    POST .../logout      ends the login that a refresh token belongs to
-    GET /v2/account      returns the account that an access token gives access to
-
-As far as is known, it also has the rules: the tests compare it with a Keycloak, and its tokens look
-like those in sipgate's documentation. On purpose, it requires PKCE, which sipgate's examples do not
-send. RFC 9700, section 2.1.1, recommends it for clients that have a secret.
+The server has the paths of sipgate's login server (a Keycloak) and API and, as far as is known, the
+rules: the tests compare it with a Keycloak, and its tokens look like those in sipgate's
+documentation. On purpose, it requires PKCE, which sipgate's examples do not send. RFC 9700, section
+2.1.1, recommends it for clients that have a secret.
 """
 
-import os
 import signal
 import sys
 
 if __name__ == "__main__":
-    # Ctrl+C stops the sandbox at once, even while it loads. (run_script changes this.)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if os.getpid() == 1:  # In a container, Linux drops signals that process 1 does not handle.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: os._exit(128 + number))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C ends it quietly, even while it loads.
 
 import argparse
 import contextlib
 import errno
 import logging
+import os
 import re
 import secrets
 import shlex
@@ -61,7 +52,6 @@ try:
     from authlib.common.urls import add_params_to_uri
     from authlib.integrations.flask_oauth2 import AuthorizationServer
     from authlib.oauth2 import OAuth2Error, rfc6749, rfc6750, rfc7636
-    from authlib.oauth2.rfc6749.requests import BasicOAuth2Payload
     from flask import Flask, Response, g, jsonify, render_template_string, request
     from joserfc import jwt
     from joserfc.jwk import RSAKey
@@ -76,13 +66,11 @@ ENDPOINTS = f"{REALM}/protocol/openid-connect"
 CLIENT_ID = "sandbox"
 # A program that does not encode one of these characters finds out here.
 CLIENT_SECRET = "50%25 off & $HOME + more"
-ACCOUNT = {
-    "company": "Müller Sandkästen GmbH",
-    "mainProductType": "TEAM",
-    "logoUrl": "",
-    "verified": True,
-}
+ACCOUNT = {"company": "Müller Sandkästen GmbH", "mainProductType": "TEAM", "verified": True}
 FORM = "application/x-www-form-urlencoded"
+# In seconds
+LIFETIMES = {"code": 60, "access_token": 300, "refresh_token": 30 * 24 * 3600, "id_token": 300}
+KINDS = {"access_token": "Bearer", "refresh_token": "Refresh", "id_token": "ID"}
 SIGNING_KEY = RSAKey.generate_key(2048)
 # Keycloak has one message for an unknown client and for a wrong secret.
 BAD_CLIENT = "Invalid client or Invalid client credentials"
@@ -115,7 +103,6 @@ class Login(rfc6749.AuthorizationCodeMixin, rfc6749.TokenMixin):
     sent: dict[str, str]  # the parameters of the authorize URL, and which button was clicked
     session_state: str
     ended: str = ""
-    exchanged: bool = False
 
     def get_redirect_uri(self) -> str:
         return self.sent["redirect_uri"]
@@ -183,18 +170,18 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
 
     check_response_type = check_grant_type
 
-    def issue(self, name: str, login: Login, lifetime: int, secret: str) -> str:
-        self.issued[secret] = Issued(name, login, time.monotonic() + lifetime)
+    def issue(self, name: str, login: Login, secret: str) -> str:
+        self.issued[secret] = Issued(name, login, time.monotonic() + LIFETIMES[name])
         return secret
 
     def find(self, name: str, secret: str) -> Issued | None:
-        """Return this code or token if it is valid. If not, put the reason into g.reason. Whoever
+        """Return this code or token if it is valid. If it no longer is, g.reason says why. Whoever
         uses a code or a refresh token again may be a thief, so this ends the login (RFC 6749,
         section 4.1.2; RFC 9700, section 4.14.2)."""
         found = self.issued.get(secret)
         if not found:
-            g.reason = f"{name} is {'wrong' if secret else 'missing'}: it should be {SOURCES[name]}"
-        elif found.name != name:
+            return None
+        if found.name != name:
             g.reason = f"{name} is wrong: this is the {found.name}"
         elif found.login.ended:
             g.reason = f"This login has ended because {found.login.ended}: log in again"
@@ -226,15 +213,10 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
         if oauth.authorization_code:
             self.sandbox.exchanges += 1
             g.reason = self.careless(login)
-            login.exchanged = True
-        expires_in, refresh_expires_in = self.sandbox.expires_in, self.sandbox.refresh_expires_in
-        for name, kind, lifetime in (
-            ("access_token", "Bearer", expires_in),
-            ("refresh_token", "Refresh", refresh_expires_in),
-            ("id_token", "ID", expires_in),
-        ):
-            token[name] = self.issue(name, login, lifetime, self.sign(kind, login, lifetime))
-        token |= {"expires_in": expires_in, "refresh_expires_in": refresh_expires_in}
+        for name in KINDS:
+            token[name] = self.issue(name, login, self.sign(name, login))
+        token["expires_in"] = LIFETIMES["access_token"]
+        token["refresh_expires_in"] = LIFETIMES["refresh_token"]
         token |= {"token_type": "bearer", "session_state": login.session_state}
         token["not-before-policy"] = 0
 
@@ -242,24 +224,24 @@ class LoginServer(AuthorizationServer, rfc6749.ClientMixin):
         """Return what the program did wrong before it exchanged the code, or an empty string."""
         if login.sent["answer"] == "wrong-state":
             return "The code came with a wrong state: the program did not check the state"
-        earlier = [it.login for it in self.issued.values() if it.login.exchanged]
+        earlier = [it.login for it in self.issued.values() if it.name == "access_token"]
         for name in ("state", "code_challenge"):
             value = login.sent.get(name)
             if value and any(value == it.sent.get(name) for it in earlier):
                 return f"{name} was used in an earlier login: it should be new for each, and random"
         return ""
 
-    def sign(self, kind: str, login: Login, lifetime: int) -> str:
+    def sign(self, name: str, login: Login) -> str:
         """Return a JWT with claims that sipgate's tokens have."""
         now = int(time.time())
         claims = {
             "jti": secrets.token_hex(16),
-            "exp": now + lifetime,
+            "exp": now + LIFETIMES[name],
             "iat": now,
             "iss": self.sandbox.issuer,
             "aud": CLIENT_ID,
             "sub": "f:sandbox:1234567",
-            "typ": kind,
+            "typ": KINDS[name],
             "azp": CLIENT_ID,
             "session_state": login.session_state,
             "realm_access": {"roles": login.get_scope().split()},
@@ -272,17 +254,9 @@ class CodeGrant(rfc6749.AuthorizationCodeGrant):
 
     server: LoginServer
 
-    def create_authorization_response(self, redirect_uri: str, grant_user: str | None) -> Any:
-        if grant_user:
-            redirect_uri = add_params_to_uri(redirect_uri, {"session_state": grant_user})
-        if request.form.get("answer") == "wrong-state":
-            parameters = {**request.values, "state": secrets.token_urlsafe()}
-            self.request.payload = BasicOAuth2Payload(parameters)
-        return super().create_authorization_response(redirect_uri, grant_user)
-
     def save_authorization_code(self, code: str, oauth: Any) -> None:
         login = Login(request.values.to_dict(), oauth.user)
-        self.server.issue("code", login, self.server.sandbox.code_lifetime, code)
+        self.server.issue("code", login, code)
 
     def query_authorization_code(self, code: str, client: rfc6749.ClientMixin) -> Login:
         return self.server.use_up("code", code, "Code not valid")
@@ -302,8 +276,6 @@ class RequiredS256(rfc7636.CodeChallenge):
     def validate_code_challenge(self, grant: CodeGrant, redirect_uri: str) -> None:
         if not request.values.get("code_challenge_method"):
             raise rfc6749.InvalidRequestError("Missing parameter: code_challenge_method")
-        if not UNRESERVED.fullmatch(request.values.get("code_challenge", "")):
-            raise rfc6749.InvalidRequestError("Invalid parameter: code_challenge")
         super().validate_code_challenge(grant, redirect_uri)
 
     def validate_code_verifier(self, grant: Any, result: Any) -> None:
@@ -315,10 +287,6 @@ class RequiredS256(rfc7636.CodeChallenge):
             g.reason = "code_verifier is wrong: it should be 43 to 128 letters, digits, or -._~"
             raise rfc6749.InvalidGrantError("PKCE verification failed: Invalid code verifier")
         if code_challenge != rfc7636.create_s256_code_challenge(code_verifier):  # type: ignore[no-untyped-call] # as above
-            if code_challenge == code_verifier:
-                g.reason = SAME
-            elif not S256.fullmatch(code_challenge):
-                g.reason = f"code_challenge is wrong: it should be {CODE_CHALLENGE}"
             raise rfc6749.InvalidGrantError("PKCE verification failed: Code mismatch")
 
 
@@ -326,7 +294,6 @@ class RefreshGrant(rfc6749.RefreshTokenGrant):
     """The refresh of an access token (RFC 6749, section 6)."""
 
     server: LoginServer
-    INCLUDE_NEW_REFRESH_TOKEN = True
 
     def authenticate_refresh_token(self, refresh_token: str) -> Login:
         return self.server.use_up("refresh_token", refresh_token, "Invalid refresh token")
@@ -349,7 +316,6 @@ USED = {
     "access_token": "was replaced in a refresh: use the new one",
     "refresh_token": "was used before: after each refresh, use the new one",
 }
-SOURCES = {"code": "the one in the callback", "access_token": LATEST, "refresh_token": LATEST}
 # A pattern that matches an error message, the parameter to correct, and what it should be. If one
 # message can have several causes, the check that fails puts its cause into g.reason.
 EXPECTED = [
@@ -361,25 +327,18 @@ EXPECTED = [
     ("code_challenge_method", "code_challenge_method", "S256 (PKCE, RFC 7636)"),
     ("code_challenge", "code_challenge", CODE_CHALLENGE),
     ("grant_type", "grant_type", "authorization_code or refresh_token"),
-    ("code verifier|Code mismatch", "code_verifier", "the one that code_challenge was made from"),
-    ("'code'", "code", SOURCES["code"]),
-    ("refresh_token", "refresh_token", SOURCES["refresh_token"]),
+    ("code verifier|Code mismatch", "code_verifier", "the one whose SHA-256 is code_challenge"),
+    ("'code'|Code not valid", "code", "the one in the callback"),
+    ("'refresh_token'|Invalid refresh token", "refresh_token", LATEST),
+    ("invalid_token", "access_token", LATEST),
 ]
-SECRET_IN_URL = (
-    "The client_secret is now in the browser's history and perhaps in logs: remove it from the URL "
-    "and replace it"
-)
+SECRET_IN_URL = "The client_secret is now in the browser's history: leave it out, and replace it"
 FORM_IN_URL = "The parameters are in the URL, which ends up in logs: POST them as a form"
-SAME = (
-    "code_challenge and code_verifier are the same: send the verifier here and its hash in the "
-    "authorize URL"
-)
 NOT_ENCODED = (
     "client_secret is not encoded: form-encode it (in Python with urlencode for a form, and with "
     "quote_plus for HTTP Basic)"
 )
 NO_BEARER = "The Authorization header is {}: it should be Bearer, a space, and the access_token"
-NO_LOGOUT = "Nobody was logged out: POST client_id, client_secret, and refresh_token as a form"
 ATTACK = (
     "This was an attack: the callback has a wrong state. A program that checks the state refuses "
     "it. sipgate_oauth.py then keeps waiting: to go on, open the login page again and click Allow"
@@ -403,7 +362,7 @@ def explain(outcome: str, redirect_uri: str) -> str:
         return str(g.reason)
     for pattern, name, expected in EXPECTED:
         if re.search(pattern, outcome):
-            in_header = request.authorization and "client" in name
+            in_header = request.authorization and re.search("client|access", name)
             problem = "wrong" if request.values.get(name) or in_header else "missing"
             return f"{name} is {problem}: it should be {expected.format(redirect_uri=redirect_uri)}"
     if request.endpoint != "authorize" or not outcome.startswith(("200", "code")):
@@ -438,7 +397,7 @@ keeps waiting: to go on, come back to this page and click Allow.</p></form>
 def create_app(server: LoginServer) -> Flask:
     """Return the app with sipgate's paths."""
     app = Flask(__name__, static_folder=None)
-    app.config.update(OAUTH2_SCOPES_SUPPORTED=SCOPES, OAUTH2_REFRESH_TOKEN_GENERATOR=True)
+    app.config.update(OAUTH2_SCOPES_SUPPORTED=SCOPES)
     server.init_app(app)
 
     @app.route(f"{ENDPOINTS}/auth", methods=["GET", "POST"])
@@ -448,25 +407,24 @@ def create_app(server: LoginServer) -> Flask:
             return render_template_string(PAGE, title="Sandbox login page", grant=grant)
         answer = request.form.get("answer")
         session = secrets.token_hex(16) if answer in ("allow", "wrong-state") else None
-        g.reason = ATTACK if answer == "wrong-state" else ""
-        return server.create_authorization_response(grant=grant, grant_user=session)
+        response: Any = server.create_authorization_response(grant=grant, grant_user=session)
+        if answer == "wrong-state":
+            g.reason = ATTACK
+            state = f"&state={secrets.token_urlsafe()}"
+            response.location = re.sub("&state=[^&]*|$", state, response.location, count=1)
+        return response
 
     @app.post(f"{ENDPOINTS}/token")
     def token() -> Any:
-        if request.mimetype != FORM or "grant_type" not in request.form:
+        if "grant_type" not in request.form:
             raise rfc6749.InvalidRequestError("Missing form parameter: grant_type")
         return server.create_token_response()
 
-    @app.route(f"{ENDPOINTS}/logout", methods=["GET", "POST"])
+    @app.post(f"{ENDPOINTS}/logout")
     def logout() -> Any:
-        refresh_token = request.form.get("refresh_token")
-        if not refresh_token:  # Keycloak would ask the user.
-            g.reason = NO_LOGOUT
-            return render_template_string(PAGE, title="Sandbox", explanation=NO_LOGOUT)
         server.authenticate_client(None, None)
-        issued = server.issued.get(refresh_token)
+        issued = server.issued.get(request.form.get("refresh_token", ""))
         if not issued or issued.name != "refresh_token":
-            server.find("refresh_token", refresh_token)
             raise rfc6749.InvalidGrantError("Invalid refresh token")
         issued.login.ended = "the program logged out"
         return "", 204
@@ -474,7 +432,7 @@ def create_app(server: LoginServer) -> Flask:
     @app.get("/v2/account")
     def account() -> Response:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not token:
+        if scheme.lower() != "bearer":
             g.reason = NO_BEARER.format("wrong" if scheme else "missing")
             raise rfc6750.InvalidTokenError
         issued = server.find("access_token", token)
@@ -495,8 +453,6 @@ def create_app(server: LoginServer) -> Flask:
             return page, f"400 {title}"
         return server.handle_response(*error())
 
-    # Authlib raises ValueError for input that is not UTF-8 or that it cannot quote.
-    app.register_error_handler(ValueError, lambda error: ("Invalid request", 400))
     return app
 
 
@@ -514,15 +470,12 @@ def outcome_of(response: Response) -> str:
 def listen(first_port: int, with_callback: bool) -> socket.socket:
     """Listen on 127.0.0.1, at the first free port: first_port (0 is any), first_port + 2, ...
 
-    with_callback: the port below must be free as well. No other sandbox takes that one, because it
-    would need this port, too.
+    with_callback: the port below must be free as well. Other sandboxes then leave it alone.
     """
     for port in range(first_port, 65536, 2):
         with contextlib.suppress(OSError):
-            listener = socket.create_server(("127.0.0.1", port))
             if not with_callback or is_free(port - 1):
-                return listener
-            listener.close()
+                return socket.create_server(("127.0.0.1", port))
     raise OSError(f"no port is free from {first_port} on")
 
 
@@ -547,18 +500,14 @@ class Sandbox:
 
     redirect_uri: of the client; by default, it has the port below the server's
     port: where to listen; 0 is any free port (see listen)
-    expires_in, refresh_expires_in, code_lifetime: in seconds
     log: print a line for each request; otherwise only for the third button
 
-    `environment` has the variables for sipgate_oauth.py. For tests, `connections` counts the
-    connections that were used, and `exchanges` the codes that were exchanged for tokens.
+    `environment` has the variables for sipgate_oauth.py. For tests, `exchanges` is the number of
+    codes that were exchanged, and `ports` has the ports that requests came from.
     """
 
     redirect_uri: str = ""
     port: int = 8081
-    expires_in: int = 300
-    refresh_expires_in: int = 30 * 24 * 3600
-    code_lifetime: int = 60
     log: bool = False
 
     def __post_init__(self) -> None:
@@ -578,8 +527,8 @@ class Sandbox:
             "TOKEN_URL": f"{self.url}{ENDPOINTS}/token",
             "TEST_API_ENDPOINT": f"{self.url}/v2/account",
         }
-        self.connections = self.exchanges = 0
-        self._ports: set[str] = set()
+        self.exchanges = 0
+        self.ports: set[str] = set()
         app = create_app(LoginServer(self))
         app.after_request(self._note)
         # Keep waitress's warnings about waiting requests out of sipgate_oauth.py's terminal.
@@ -592,8 +541,7 @@ class Sandbox:
     def _note(self, response: Response) -> Response:
         if request.endpoint == "authorize" and response.location:  # RFC 9207, section 2
             response.location = add_params_to_uri(response.location, {"iss": self.issuer})
-        self._ports.add(request.environ["REMOTE_PORT"])
-        self.connections = len(self._ports)
+        self.ports.add(request.environ["REMOTE_PORT"])
         if self.log:
             outcome = outcome_of(response).rstrip(".")
             explanation = explain(outcome, self.redirect_uri)
@@ -603,9 +551,6 @@ class Sandbox:
             print(line.encode("unicode_escape").decode(), flush=True)
         elif g.get("reason") == ATTACK:
             print(f"Sandbox: {ATTACK}", flush=True)
-        response.headers["Cache-Control"] = "no-store"  # RFC 6749, section 5.1
-        if response.status_code == 403:  # RFC 6750, section 3
-            response.headers["WWW-Authenticate"] = 'Bearer error="insufficient_scope"'
         return response
 
     def __enter__(self) -> "Sandbox":
@@ -637,14 +582,12 @@ def run_script(arguments: list[str]) -> int:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, end)
-        status = script.wait()
-    if status == 0xC000013A:  # Ctrl+C on Windows
-        return 130
-    return status
+        return script.wait()
 
 
 def serve(redirect_uri: str) -> NoReturn:
     """Run only the server, until Ctrl+C."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     with Sandbox(redirect_uri, log=True) as sandbox:
         print("# A stand-in for sipgate, until you press Ctrl+C. The configuration for a program:")
         for key, value in sandbox.environment.items():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote_plus, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote_plus, urlsplit
 
 import keycloak as real
 import pytest
@@ -90,6 +90,9 @@ class Program:
         form = {"refresh_token": self.tokens["refresh_token"], **self.client, **changes}
         return send("POST", self.config["TOKEN_URL"].removesuffix("token") + "logout", data=form)
 
+    def logout_with_access_token(self) -> requests.Response:
+        return self.logout(refresh_token=self.tokens["access_token"])
+
     def request(self, key: str, method: str = "POST", **content: Any) -> requests.Response:
         return send(method, self.config[key], **content)
 
@@ -105,14 +108,16 @@ def make_mistake(config: Config, steps: str, changes: Changes) -> requests.Respo
 
 
 @pytest.fixture
-def run(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def run(environment: dict[str, str]) -> Iterator[Run]:
     """Run the sandbox as a command: run(*arguments, **variables)."""
-    monkeypatch.setattr("script.SCRIPT", Path(stand_in.__file__))
     with ExitStack() as scripts:
 
         def run_sandbox(*arguments: str, python: tuple[str, ...] = (), **variables: str) -> Script:
             variables = {**environment, **variables}
-            script = Script(*arguments, environment=variables, python=python, session=True)
+            path = Path(stand_in.__file__)
+            script = Script(
+                *arguments, environment=variables, python=python, path=path, session=True
+            )
             return scripts.enter_context(script)
 
         yield run_sandbox
@@ -131,7 +136,6 @@ def config(request: pytest.FixtureRequest) -> Config:
 
 CREDENTIALS = "Invalid client or Invalid client credentials"
 NO_PKCE: Changes = {"code_challenge": None, "code_challenge_method": None}
-BAD_CHALLENGE = "302 invalid_request: Invalid parameter: code_challenge"
 BAD_VERIFIER = "400 invalid_grant: PKCE verification failed: Invalid code verifier"
 HEXADECIMAL = "a" * 64
 JSON = {"key": "TOKEN_URL", "json": {"grant_type": "authorization_code"}}
@@ -142,29 +146,21 @@ MISTAKES: list[tuple[str, Changes, str]] = [
     ("login", {"scope": "no:such"}, "302 invalid_scope"),
     ("login", NO_PKCE, "302 invalid_request: Missing parameter: code_challenge_method"),
     ("login", {"code_challenge_method": "plain"}, "302 invalid_request"),
-    ("login", {"code_challenge": CHALLENGE["code_challenge"] + "="}, BAD_CHALLENGE),
+    ("login", {"code_challenge": CHALLENGE["code_challenge"] + "="}, "302 invalid_request"),
     ("login", {"code_challenge": HEXADECIMAL}, "200"),  # and no code verifier fits
-    ("request", {"key": "AUTH_URL", "method": "OPTIONS"}, "200"),
     ("exchange", {"client_id": "x"}, f"401 invalid_client: {CREDENTIALS}"),
     ("exchange", {"client_secret": "x"}, f"401 unauthorized_client: {CREDENTIALS}"),
     ("exchange", {"grant_type": None}, "400 invalid_request: Missing form parameter: grant_type"),
     ("request", JSON, "400 invalid_request: Missing form parameter: grant_type"),
-    ("request", {"key": "TOKEN_URL", "method": "GET"}, "405"),
     ("exchange", {"redirect_uri": "http://localhost/x"}, "400 invalid_grant"),
     ("exchange", {"code_verifier": None}, "400 invalid_grant: PKCE code verifier not specified"),
     ("exchange", {"code_verifier": "x" * 42}, BAD_VERIFIER),
     ("exchange", {"code_verifier": "x" * 43}, "400 invalid_grant: PKCE verification failed: Code"),
     ("exchange, exchange", {}, "400 invalid_grant: Code not valid"),
-    ("exchange, refresh, refresh_again", {}, "400 invalid_grant"),
-    ("exchange, refresh, exchange, account", {}, "401"),  # one of the two may be a thief
-    ("exchange, refresh, refresh_again, account", {}, "401"),
+    ("exchange, refresh, refresh_again, account", {}, "401"),  # one of the two may be a thief
     ("exchange, account", {"header": "Token {access_token}"}, "401"),
     ("exchange, account", {"header": "Bearer {id_token}"}, "401"),
-    ("exchange, logout", {"refresh_token": "x"}, "400 invalid_grant: Invalid refresh token"),
-    ("exchange, logout", {"refresh_token": None}, "200"),  # a page that asks the user
-    ("exchange, logout", {}, "204"),
-    ("exchange, logout, refresh", {}, "400 invalid_grant"),
-    ("exchange, logout, account", {}, "401"),
+    ("exchange, logout_with_access_token", {}, "400 invalid_grant"),
 ]
 
 
@@ -185,8 +181,9 @@ def test_a_mistake_is_refused(config: Config, steps: str, changes: Changes, expe
 
 
 def test_tokens_come_as_at_sipgate(sandbox: Sandbox) -> None:
-    tokens = Program(sandbox.environment).exchange().json()
-    assert (tokens["token_type"], tokens["scope"]) == ("bearer", "account:read balance:read")
+    scope = "history:read sessions:sms:write push_device:register"
+    tokens = Program({**sandbox.environment, "OAUTH_SCOPE": scope}).exchange().json()
+    assert (tokens["token_type"], tokens["scope"]) == ("bearer", scope)
     assert (tokens["expires_in"], tokens["refresh_expires_in"]) == (300, 30 * 24 * 3600)
     assert tokens["not-before-policy"] == 0
     kinds = {"access_token": "Bearer", "refresh_token": "Refresh", "id_token": "ID"}
@@ -194,47 +191,28 @@ def test_tokens_come_as_at_sipgate(sandbox: Sandbox) -> None:
         token = jwt.decode(tokens[name], stand_in.SIGNING_KEY)
         assert (token.header["alg"], token.claims["typ"]) == ("RS256", kind)
         assert token.claims["session_state"] == tokens["session_state"]
-        assert 750 < len(tokens[name]) < 1250
-
-
-@pytest.mark.parametrize("scope", ["history:read sessions:sms:write", "push_device:register"])
-def test_the_scopes_that_sipgate_lists_are_known(sandbox: Sandbox, scope: str) -> None:
-    program = Program(sandbox.environment)
-    program.allow(scope=scope)
-    assert program.exchange().json()["scope"] == scope
-
-
-def test_the_account_needs_its_scope(printing: Config, capsys: Output) -> None:
-    program = Program(printing)
-    program.allow(scope="users:read")
-    program.exchange()
-    response = program.account()
-    assert refusal(response).startswith("403 insufficient_scope")
-    assert "insufficient_scope" in response.headers["WWW-Authenticate"]
-    assert response.headers["Cache-Control"] == "no-store"
-    assert capsys.readouterr().out.endswith("add it to scope in the authorize URL\n")
 
 
 # --- What is printed ------------------------------------------------------------------------------
 
-CHALLENGE_RULE = "the SHA-256 of the code_verifier in base64url: 43 characters, no + or / or ="
-WRONG_CHALLENGE = f"code_challenge is wrong: it should be {CHALLENGE_RULE}"
+WRONG_CHALLENGE = "code_challenge is wrong: it should be the SHA-256 of the code_verifier"
 NOT_ENCODED = "client_secret is not encoded: form-encode it"
 SECRET = "50%25 off & $HOME + more"
 FORM = f"grant_type=refresh_token&client_id=sandbox&client_secret={SECRET}"
 TYPE = {"Content-Type": "application/x-www-form-urlencoded"}
 IN_FORM = {"key": "TOKEN_URL", "data": FORM, "headers": TYPE}
+IN_URL = {"key": "TOKEN_URL", "method": "GET", "params": {"client_secret": "x"}}
 IN_HEADER = {"key": "TOKEN_URL", "data": JSON["json"], "auth": ("sandbox", SECRET)}
 WRONG_HEADER = "The Authorization header is wrong: it should be Bearer, a space, and"
 LATEST = "it should be the one in the latest response from the token endpoint"
 WAS_REPLACED = "This access_token was replaced in a refresh: use the new one"
-SCOPES = "one or more of those in https://developer.sipgate.io/rest-api/oauth2-scopes/"
 # The steps, what is done wrong in the last one, and what the sandbox prints about it.
 EXPLANATIONS: list[tuple[str, Changes, str]] = [
     ("login", {"client_id": "x"}, "client_id is wrong: it should be sandbox"),
     ("login", {"client_secret": "x"}, "The client_secret is now in the browser's history"),
     ("login", {"redirect_uri": "x"}, f"redirect_uri is wrong: it should be {REDIRECT_URI}"),
-    ("login", {"scope": "account:read,users:read"}, f"scope is wrong: it should be {SCOPES}"),
+    ("login", {"response_type": "token"}, "response_type is wrong: it should be code"),
+    ("login", {"scope": "account:read,users:read"}, "scope is wrong: it should be one or more of"),
     ("login", NO_PKCE, "code_challenge_method is missing: it should be S256 (PKCE, RFC 7636)"),
     ("login", {"code_challenge": None}, "code_challenge is missing: it should be the SHA-256"),
     ("login", {"code_challenge": "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw+cM="}, WRONG_CHALLENGE),
@@ -247,33 +225,24 @@ EXPLANATIONS: list[tuple[str, Changes, str]] = [
     ("request", IN_HEADER, NOT_ENCODED),
     ("exchange", {"grant_type": None}, "grant_type is missing: it should be authorization_code or"),
     ("exchange", {"code": "x"}, "code is wrong: it should be the one in the callback"),
-    ("exchange", {"code_verifier": None}, "code_verifier is missing: it should be the one that"),
-    ("exchange", {"code_verifier": "x" * 43}, "code_verifier is wrong: it should be the one that"),
+    ("exchange", {"code_verifier": None}, "code_verifier is missing: it should be the one"),
+    ("exchange", {"code_verifier": "x" * 43}, "code_verifier is wrong: it should be the one"),
     ("exchange", {"code_verifier": "x"}, "code_verifier is wrong: it should be 43 to 128 letters"),
     ("request", JSON, "The body is application/json: it should be a form"),
     ("request", {"key": "TOKEN_URL", "method": "GET"}, "The method is wrong: it should be POST"),
-    (
-        "request",
-        {"key": "TOKEN_URL", "method": "GET", "params": {"client_secret": "x"}},
-        "The parameters are in the URL, which ends up in logs: POST them as a form",
-    ),
-    ("exchange, exchange", {}, "This code was used before: exchange each code only once. The log"),
+    ("request", IN_URL, "The parameters are in the URL, which ends up in logs"),
+    ("exchange, exchange", {}, "This code was used before: exchange each code only once. "),
     ("exchange, exchange, refresh", {}, "This login has ended because its code was used twice"),
-    ("exchange, refresh, refresh_again", {}, "This refresh_token was used before: after each r"),
+    ("exchange, refresh, refresh_again", {}, "This refresh_token was used before: "),
     ("exchange, refresh", {"refresh_token": "x"}, f"refresh_token is wrong: {LATEST}"),
+    ("exchange, logout", {"refresh_token": None}, f"refresh_token is missing: {LATEST}"),
     ("exchange, logout, refresh", {}, "This login has ended because the program logged out"),
-    ("exchange, account", {"header": "Token {access_token}"}, WRONG_HEADER),
     ("exchange, account", {"header": "{access_token}"}, WRONG_HEADER),
-    (
-        "exchange, account",
-        {"header": None},
-        "The Authorization header is missing: it should be Bea",
-    ),
+    ("exchange, account", {"header": None}, "The Authorization header is missing: it should be"),
     ("exchange, account", {"header": "Bearer {id_token}"}, "access_token is wrong: this is"),
     ("exchange, account", {"header": "Bearer x"}, f"access_token is wrong: {LATEST}"),
     ("exchange, refresh, account", {"header": "Bearer {old_access_token}"}, WAS_REPLACED),
     ("request", {"key": "TEST_API_ENDPOINT"}, "The method is wrong: it should be GET"),
-    ("exchange, logout", {"refresh_token": None}, "Nobody was logged out: POST client_id, clien"),
 ]
 
 
@@ -297,21 +266,6 @@ def test_a_mistake_is_explained(
     assert explanations(capsys)[-1].startswith(expected)
 
 
-SAME = "code_challenge and code_verifier are the same: send the verifier here and its hash in the "
-
-
-@pytest.mark.parametrize(
-    ("challenge", "expected"), [(HEXADECIMAL, WRONG_CHALLENGE), (VERIFIER["code_verifier"], SAME)]
-)
-def test_a_wrong_code_challenge_is_told_again_at_the_token_request(
-    printing: Config, capsys: Output, challenge: str, expected: str
-) -> None:
-    program = Program(printing)
-    program.allow(code_challenge=challenge)
-    assert refusal(program.exchange()).startswith("400 invalid_grant")
-    assert explanations(capsys)[-1].startswith(expected)
-
-
 @pytest.mark.parametrize(("state", "name"), [("12345", "state"), (None, "code_challenge")])
 def test_what_should_be_new_for_each_login_is_told(
     printing: Config, capsys: Output, state: str | None, name: str
@@ -324,18 +278,26 @@ def test_what_should_be_new_for_each_login_is_told(
     assert explanations(capsys)[2::3] == ["", expected]
 
 
-def test_what_has_expired_is_refused_and_explained(capsys: Output) -> None:
-    with Sandbox(REDIRECT_URI, port=0, log=True, code_lifetime=0) as sandbox:
-        assert Program(sandbox.environment).exchange().status_code == 400
-    with Sandbox(REDIRECT_URI, port=0, log=True, expires_in=0, refresh_expires_in=0) as sandbox:
-        program = Program(sandbox.environment)
-        program.exchange()
-        assert (program.account().status_code, program.refresh().status_code) == (401, 400)
+def test_what_has_expired_is_refused_and_explained(
+    printing: Config, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in, "LIFETIMES", dict.fromkeys(stand_in.LIFETIMES, 0))
+    assert make_mistake(printing, "exchange", {}).status_code == 400
+    monkeypatch.setitem(stand_in.LIFETIMES, "code", 60)
+    assert make_mistake(printing, "exchange, account", {}).status_code == 401
+    assert make_mistake(printing, "exchange, refresh", {}).status_code == 400
     assert [text for text in explanations(capsys) if "expired" in text] == [
         "This code has expired: log in again",
         "This access_token has expired: refresh the tokens",
         "This refresh_token has expired: log in again",
     ]
+
+
+def test_the_scope_for_the_account_is_explained(printing: Config, capsys: Output) -> None:
+    config = {**printing, "OAUTH_SCOPE": "users:read"}
+    response = make_mistake(config, "exchange, account", {})
+    assert refusal(response).startswith("403 insufficient_scope")
+    assert explanations(capsys)[-1].endswith("add it to scope in the authorize URL")
 
 
 def test_no_secret_is_printed(printing: Config, capsys: Output) -> None:
@@ -356,21 +318,14 @@ def test_a_request_without_a_mistake_gets_no_explanation(printing: Config, capsy
     program.allow(state="s")
     for step in (program.exchange, program.refresh, program.account, program.logout):
         step()
-    realm = "/auth/realms/third-party/protocol/openid-connect"
-    assert capsys.readouterr().out.splitlines() == [
-        f"GET {realm}/auth: 200 OK",
-        f"POST {realm}/auth: code issued",
-        f"POST {realm}/token: tokens issued",
-        f"POST {realm}/token: tokens issued",
-        "GET /v2/account: 200 OK",
-        f"POST {realm}/logout: 204 NO CONTENT",
-    ]
+    outcomes = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    codes = ["200 OK", "code issued", "tokens issued", "tokens issued", "200 OK", "204 NO CONTENT"]
+    assert outcomes == codes
 
 
-def test_the_page_names_the_registered_redirect_uri() -> None:
-    with Sandbox("http://localhost:1/?a=<b>&c", port=0) as sandbox:
-        page = send("GET", authorize_url(sandbox.environment, redirect_uri="http://x"))
-    assert "it should be http://localhost:1/?a=&lt;b&gt;&amp;c<" in page.text
+def test_the_page_names_the_registered_redirect_uri(sandbox: Sandbox) -> None:
+    page = send("GET", authorize_url(sandbox.environment, redirect_uri="http://x"))
+    assert f"it should be {sandbox.redirect_uri}" in page.text
 
 
 # --- The wrong state ------------------------------------------------------------------------------
@@ -389,8 +344,9 @@ def test_a_wrong_state_that_is_not_checked_is_told_at_the_token_request(
     printing: Config, capsys: Output, state: str | None
 ) -> None:
     url = answer_login_page(authorize_url(printing, state=state), "wrong-state")
-    callback = dict(parse_qsl(urlsplit(url).query))
-    assert callback["state"] not in ("our-state", "")
+    callback = parse_qs(urlsplit(url).query)
+    (wrong_state,) = callback["state"]
+    assert wrong_state != state
     assert explanations(capsys)[-1].startswith("This was an attack: the callback has a wrong state")
     assert Program(printing).exchange(code=callback["code"]).ok  # as with Allow
     expected = "The code came with a wrong state: the program did not check the state"
@@ -398,7 +354,7 @@ def test_a_wrong_state_that_is_not_checked_is_told_at_the_token_request(
 
 
 def test_the_terminal_tells_of_each_attack_and_how_to_go_on(run: Run) -> None:
-    script = run("--no-browser")
+    script = run("--no-browser", AUTH_URL="mine")  # which must not interfere
     for _ in range(2):
         assert log_in(script, "wrong-state").status_code == 403
     assert log_in(script).ok
@@ -433,19 +389,13 @@ def test_a_pair_whose_callback_port_is_taken_is_skipped(host: str, capsys: Outpu
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
 
-def test_serve_prints_a_configuration_that_programs_can_read(run: Run) -> None:
+def test_serve_prints_a_configuration_and_then_the_requests(run: Run) -> None:
     script = run("--serve", "http://localhost:1/a?b=&c")
     script.until("Requests appear below.")
-    config = dotenv_values(stream=io.StringIO(script.stdout), interpolate=False)
+    config: Config = dotenv_values(stream=io.StringIO(script.stdout), interpolate=False)
     assert config["REDIRECT_URI"] == "http://localhost:1/a?b=&c"
     assert shlex.split(script.stdout, comments=True) == [f"{k}={v}" for k, v in config.items()]
     assert "Get-Clipboard | Set-Content config.env\n" in script.stdout
-
-
-def test_serve_prints_a_line_for_each_request_and_escapes_it(run: Run) -> None:
-    script = run("--serve")
-    script.until("Requests appear below.")
-    config: Config = dotenv_values(stream=io.StringIO(script.stdout), interpolate=False)
     send("GET", config["TEST_API_ENDPOINT"] + "/%1b%0a")  # would control the terminal
     expected = r"GET /v2/account/\x1b\n: 404 NOT FOUND. This URL does not exist: use those that"
     assert script.until("NOT FOUND").startswith(expected)
@@ -465,24 +415,13 @@ def test_a_wrong_argument_is_a_usage_error(run: Run, arguments: str, error: str)
     assert script.stderr.endswith(f".py: error: {error}\n")
 
 
-def test_the_script_logs_in_whatever_the_environment_says(run: Run) -> None:
-    script = run("--no-browser", AUTH_URL="mine")
-    assert log_in(script).ok
-    assert (script.status(), script.stderr) == (0, "")
-
-
 @posix_only
 @pytest.mark.parametrize("mode", ["--no-browser", "--serve"])
-@pytest.mark.parametrize(
-    ("kill", "number", "times"),
-    [("killpg", 2, 1), ("kill", 2, 1), ("kill", 2, 99), ("kill", 15, 1)],
-)
-def test_a_signal_ends_all(run: Run, mode: str, kill: str, number: int, times: int) -> None:
+@pytest.mark.parametrize(("kill", "number"), [("killpg", 2), ("kill", 2), ("kill", 15)])
+def test_a_signal_ends_all(run: Run, mode: str, kill: str, number: int) -> None:
     script = run(mode)
     script.until("http://localhost")
-    for _ in range(times):
-        if script.process.poll() is None:
-            getattr(os, kill)(script.process.pid, number)
+    getattr(os, kill)(script.process.pid, number)
     assert script.status() in (-number, 128 + number)  # by Python, and as in a shell
     assert script.stderr == ""
     with pytest.raises(AssertionError, match="ended"):
