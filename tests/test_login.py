@@ -10,7 +10,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from odd_server import CODE, NEW_TOKENS, TOKENS, OddServer, json_answer, log_in
-from script import PATIENCE, ROOT, SCRIPT, Script
+from sandbox import Sandbox
+from script import PATIENCE, ROOT, SCRIPT, Script, answer_login_page, visit
 
 from sipgate_oauth import SECRETS_SENT, code_challenge_for, describe, masked, say
 
@@ -67,6 +68,15 @@ def test_these_requests_are_sent_and_no_others(login: Script, server: OddServer)
         ("GET", "/account", "Bearer aEEEEEEE-new", {}),
     ]
     assert {request.headers["Accept"] for request in server.requests} == {"application/json"}
+
+
+def test_all_requests_of_the_program_share_one_connection(sandbox: Sandbox, start: Start) -> None:
+    script = start(**sandbox.environment)
+    callback = answer_login_page(script.url())
+    of_the_browser = set(sandbox.ports)
+    visit(callback)
+    assert script.status() == 0
+    assert len(sandbox.ports - of_the_browser) == 1
 
 
 def test_secrets_are_sent_in_forms_and_in_authorization_only(

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qsl, urljoin, urlsplit
 
 import pytest
 import requests
@@ -147,12 +147,7 @@ def test_of_too_many_logins_the_oldest_is_forgotten(
     assert [page.status_code for page in pages] == [403, 200, 200]
 
 
-def test_the_link_to_log_in_leads_to_the_host_of_the_callback(browser: Browser) -> None:
-    page = browser.get("/", base_url="http://127.0.0.1:8001")
-    assert '<a href="http://localhost:8001/login">' in page.text
-
-
-@pytest.mark.parametrize("path", ["", "/", "/%6fauth", "/login", "/logout"])
+@pytest.mark.parametrize("path", ["", "/", "//oauth", "/%6fauth", "/login", "/logout"])
 def test_a_path_that_cannot_be_served_is_an_error(server: OddServer, path: str) -> None:
     with pytest.raises(LoginError, match=f"REDIRECT_URI http://localhost{path}\\."):
         app_at(f"http://localhost{path}", server)
@@ -161,10 +156,10 @@ def test_a_path_that_cannot_be_served_is_an_error(server: OddServer, path: str) 
 # --- Errors ---------------------------------------------------------------------------------------
 
 
-def test_a_fault_is_told_to_whoever_runs_it_and_not_to_the_user(
+def test_a_fault_is_told_to_whoever_runs_it_and_does_not_end_the_login(
     browser: Browser, server: OddServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    server.answers["/token"] = [b""]
+    server.answers["/token"] = [OLD_TOKENS, b"", json_answer(NEW_TOKENS)]
     page = browser.log_in(code=CODE)
     assert page.status_code == 502
     assert "try again later" in page.text
@@ -172,6 +167,7 @@ def test_a_fault_is_told_to_whoever_runs_it_and_not_to_the_user(
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"Error: POST http://{server.host}/token failed")
     assert "\\n" not in line  # as the line ends of an advice would be shown
+    assert "Odd Ltd" in browser.get("/").text
 
 
 # --- Tokens ---------------------------------------------------------------------------------------
@@ -185,11 +181,18 @@ def test_a_token_is_refreshed_before_it_expires(server: OddServer, expires_in: o
     assert paths(server) == ["/token", "/account", "/account"]
 
 
-def test_without_expires_in_a_token_is_used_until_it_is_refused(server: OddServer) -> None:
+@pytest.mark.parametrize("odd", [{}, {"expires_in": None}, {"expires_in": "soon"}])
+def test_without_expires_in_a_token_is_used_until_it_is_refused(
+    server: OddServer, odd: dict[str, Any]
+) -> None:
     server.answers["/account"] = [ACCOUNT, EXPIRED, ACCOUNT]
-    user = User(server.environment, {"access_token": "a", "refresh_token": "r"})
+    user = User(server.environment, {"access_token": "a", "refresh_token": "r", **odd})
     assert user.account() == user.account() == {"company": "Odd Ltd"}
     assert paths(server) == ["/account", "/account", "/token", "/account"]
+
+
+def test_a_login_page_that_has_expired_at_keycloak_is_no_fault(browser: Browser) -> None:
+    assert browser.log_in(error="temporarily_unavailable").status_code == 403
 
 
 def test_a_new_token_that_is_refused_too_is_a_fault(browser: Browser, server: OddServer) -> None:
@@ -206,41 +209,20 @@ def test_a_refused_refresh_ends_the_login(browser: Browser, server: OddServer) -
     assert "You are not logged in" in browser.get("/").text
 
 
-def test_a_fault_does_not_end_the_login(browser: Browser, server: OddServer) -> None:
-    server.answers["/token"] = [OLD_TOKENS, b"", json_answer(NEW_TOKENS)]
-    assert browser.log_in(code=CODE).status_code == 502
-    assert "Odd Ltd" in browser.get("/").text
-
-
-def accounts_at_once(user: User) -> list[Any]:
-    """Ask for the account in many threads, which start at the same moment. An error is its code."""
+def account_in_many_threads(user: User) -> list[Any]:
+    """Ask for the account in many threads, which start at the same moment."""
     start = threading.Barrier(THREADS)
 
     def ask(_: int) -> Any:
         start.wait(PATIENCE)
-        try:
-            return user.account()
-        except LoginError as error:
-            return error.error
+        return user.account()
 
     with ThreadPoolExecutor(THREADS) as threads:
         return list(threads.map(ask, range(THREADS)))
 
 
-@pytest.mark.parametrize(
-    ("said", "result"),
-    [(json_answer(NEW_TOKENS), {"company": "Odd Ltd"}), (REFUSED, "invalid_grant")],
-)
-def test_a_refresh_token_is_sent_once_for_all_threads(
-    server: OddServer, said: bytes, result: object
-) -> None:
-    server.answers["/token"] = [said]
-    user = User(server.environment, TOKENS | {"expires_in": 0})
-    assert accounts_at_once(user) == [result] * THREADS
-    assert paths(server).count("/token") == 1
-
-
-def test_a_refused_token_is_refreshed_once_for_all_threads(server: OddServer) -> None:
+@pytest.mark.parametrize("expires_in", [0, 300])  # expired, or refused by the API
+def test_a_refresh_token_is_sent_once_for_all_threads(server: OddServer, expires_in: int) -> None:
     all_have_sent_it = threading.Barrier(THREADS)
 
     def account(request: Any) -> bytes:
@@ -250,7 +232,8 @@ def test_a_refused_token_is_refreshed_once_for_all_threads(server: OddServer) ->
         return ACCOUNT
 
     server.answers = {"/token": [json_answer(NEW_TOKENS)], "/account": [account]}
-    assert accounts_at_once(User(server.environment, TOKENS)) == [{"company": "Odd Ltd"}] * THREADS
+    user = User(server.environment, TOKENS | {"expires_in": expires_in})
+    assert account_in_many_threads(user) == [{"company": "Odd Ltd"}] * THREADS
     assert paths(server).count("/token") == 1
 
 
@@ -298,8 +281,7 @@ def test_the_logout_revokes_the_refresh_token(server: OddServer, secret: dict[st
     (request,) = server.requests
     assert (request.method, request.target) == ("POST", f"{realm}/logout")
     form = {"client_id": "client", "refresh_token": TOKENS["refresh_token"], **secret}
-    assert request.form == form
-    assert request.headers["Content-Length"] == str(len(urlencode(form)))  # nor an empty secret
+    assert request.form == form  # without an empty secret
 
 
 def test_without_a_refresh_token_no_secret_is_sent(server: OddServer) -> None:
@@ -321,7 +303,8 @@ def test_a_logout_during_a_refresh_revokes_the_new_refresh_token(server: OddServ
     logout.join(PATIENCE)
     revoked = [it.form["refresh_token"] for it in server.requests if it.target == "/logout"]
     assert revoked == [NEW_TOKENS["refresh_token"]]
-    assert accounts_at_once(user) == ["invalid_grant"] * THREADS
+    with pytest.raises(LoginError, match="The login has ended"):
+        user.account()
 
 
 def test_a_link_does_not_log_out(browser: Browser) -> None:
@@ -338,11 +321,7 @@ def test_a_link_does_not_log_out(browser: Browser) -> None:
     [
         ("http://localhost/a/b-c_d.e~f/", "80-", set()),
         ("http://localhost:8001/oauth", "8001-", set()),  # All ports of a host share their cookies.
-        (
-            "https://web.example/oauth",
-            "__Host-",
-            {"Secure"},
-        ),  # This prefix requires it, and Path=/.
+        ("https://web.example/oauth", "__Host-", {"Secure"}),  # which this prefix requires
     ],
 )
 def test_cookies_are_for_this_application_and_not_for_scripts(
@@ -367,34 +346,22 @@ def test_each_login_has_a_new_id_and_ends_the_old_one(app: Flask) -> None:
     assert "You are not logged in" in attacker.get("/").text
 
 
-@pytest.fixture
-def two(server: OddServer) -> tuple[Browser, Browser]:
-    """An attacker and a victim, at an application with https."""
+def test_planted_cookies_are_ignored(server: OddServer) -> None:
+    """Another subdomain, or plain http, can set any name that does not begin with __Host-."""
     echo_the_code(server)
     app = app_at("https://web.example/oauth", server)
-    return Browser(app), Browser(app)
-
-
-def plant(attacker: Browser, victim: Browser, kind: str) -> None:
-    """Give the victim a cookie of the attacker, as another subdomain can, or plain http: with any
-    name that does not begin with __Host-."""
-    victim.set_cookie(kind, attacker.cookie(f"__Host-{kind}"))
-
-
-def test_a_planted_user_is_ignored(two: tuple[Browser, Browser]) -> None:
-    attacker, victim = two
+    attacker, victim = Browser(app), Browser(app)
     attacker.log_in(code="attacker")
-    plant(attacker, victim, "user")
+    state = attacker.begin_login()["state"]
+    # Browsers accept this name, because for them it begins with another character.
+    planted = {"HTTP_COOKIE": f"\xa0__Host-user={attacker.cookie('__Host-user')}"}
+    assert "You are not logged in" in victim.get("/", environ_overrides=planted).text
+    for name in ("user", "login"):
+        victim.set_cookie(name, attacker.cookie(f"__Host-{name}"))
     assert "You are not logged in" in victim.get("/").text
+    assert victim.come_back(code="attacker", state=state).status_code == 403
     assert "Bearer victim" in victim.log_in(code="victim").text
     assert "You are not logged in" in victim.post("/logout", follow_redirects=True).text
-
-
-def test_a_planted_login_is_refused_in_spite_of_its_state(two: tuple[Browser, Browser]) -> None:
-    attacker, victim = two
-    state = attacker.begin_login()["state"]
-    plant(attacker, victim, "login")
-    assert victim.come_back(code="attacker", state=state).status_code == 403
 
 
 # --- Pages ----------------------------------------------------------------------------------------
@@ -509,12 +476,13 @@ def test_a_port_in_use_is_an_error_before_the_url(
     server: OddServer, environment: dict[str, str], address: str
 ) -> None:
     family = socket.AF_INET6 if address == "::1" else socket.AF_INET
-    port = urlsplit(server.environment["REDIRECT_URI"]).port
-    options = ("--config", os.devnull)
+    port = urlsplit(server.environment["REDIRECT_URI"]).port or 0
     environment |= server.environment
     with (
-        socket.create_server((address, port or 0), family=family),
-        Script(*options, environment=environment, path=WEB_APPLICATION) as application,
+        socket.create_server((address, port), family=family),
+        Script(
+            "--config", os.devnull, environment=environment, path=WEB_APPLICATION
+        ) as application,
     ):
         assert application.status() == 1
     assert application.stderr.startswith(f"Error: Cannot listen on port {port} of {address}: ")
