@@ -354,8 +354,9 @@ def test_planted_cookies_are_ignored(server: OddServer) -> None:
     attacker.log_in(code="attacker")
     state = attacker.begin_login()["state"]
     # Browsers accept this name, because for them it begins with another character.
-    planted = {"HTTP_COOKIE": f"\xa0__Host-user={attacker.cookie('__Host-user')}"}
-    assert "You are not logged in" in victim.get("/", environ_overrides=planted).text
+    header = {"Cookie": f"\xa0__Host-user={attacker.cookie('__Host-user')}"}
+    page = Browser(app, use_cookies=False).get("/", headers=header)
+    assert "You are not logged in" in page.text
     for name in ("user", "login"):
         victim.set_cookie(name, attacker.cookie(f"__Host-{name}"))
     assert "You are not logged in" in victim.get("/").text
