@@ -98,16 +98,11 @@ def start(environment: dict[str, str]) -> Iterator[Callable[..., Script]]:
             *options: str,
             python: tuple[str, ...] = (),
             path: Path | None = None,
-            session: bool = False,
             **variables: str,
         ) -> Script:
-            script = Script(
-                *("--no-browser", *options),
-                environment={**environment, **variables},
-                python=python,
-                path=path,
-                session=session,
-            )
+            variables = {**environment, **variables}
+            options = ("--no-browser", *options)
+            script = Script(*options, environment=variables, python=python, path=path)
             return scripts.enter_context(script)
 
         yield start_script
@@ -119,11 +114,9 @@ def serve(environment: dict[str, str]) -> Iterator[Callable[..., Script]]:
     with ExitStack() as programs:
 
         def start_application(*options: str, **variables: str) -> Script:
-            program = Script(
-                *("--config", os.devnull, *options),
-                environment={**environment, **variables},
-                path=WEB_APPLICATION,
-            )
+            variables = {**environment, **variables}
+            options = ("--config", os.devnull, *options)
+            program = Script(*options, environment=variables, path=WEB_APPLICATION)
             programs.enter_context(program).until("Open http")
             return program
 

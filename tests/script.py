@@ -26,8 +26,6 @@ PATIENCE = 30  # seconds after which a test gives up waiting for an event
 
 # What the machine must not decide: the configuration, where requests go, and what a browser is.
 FOREIGN = (*KEYS, "PROXY", "BROWSER", "DISPLAY", "CA_BUNDLE", "PYTHON", "NETRC")
-
-
 # Below those of outgoing connections, which could take one meanwhile; others for each process.
 PORTS = (20_000 + (7919 * os.getpid() + number) % 12_000 for number in itertools.count())
 
@@ -145,10 +143,6 @@ class Script:
         self.process.stdin.write(text)
         self.process.stdin.flush()
 
-    def close_stdin(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-
     def interrupt(self) -> None:
         """Send what Ctrl+C sends. (Only POSIX can send it to one process alone.)"""
         self.process.send_signal(signal.SIGINT)
@@ -172,23 +166,17 @@ class Script:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._session:
-            kill_with_children(self.process.pid)
+        if self._session and sys.platform == "win32":
+            command = ["taskkill", "/F", "/T", "/PID", str(self.process.pid)]
+            subprocess.run(command, capture_output=True)
+        elif self._session:
+            with contextlib.suppress(ProcessLookupError):  # all have ended
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.status()
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             with contextlib.suppress(OSError):  # a script that is gone reads no more
                 stream.close() if stream else None
-
-
-def kill_with_children(pid: int) -> None:
-    """Kill a process that was started in a session of its own, and those that it has started."""
-    if sys.platform == "win32":
-        command = ["taskkill", "/F", "/T", "/PID", str(pid)]
-        subprocess.run(command, capture_output=True)
-    else:
-        with contextlib.suppress(ProcessLookupError):  # all have ended
-            os.killpg(pid, signal.SIGKILL)
 
 
 def send(method: str, url: str, **content: Any) -> requests.Response:

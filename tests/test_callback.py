@@ -14,15 +14,14 @@ from odd_server import OddServer, Request, failed_login, json_answer
 from sandbox import Sandbox
 from script import PATIENCE, Script, answer_login_page, free_port, ipv6_works, visit
 
-import sipgate_oauth as program
 from sipgate_oauth import (
     BROWSER_ERRORS,
+    LOOPBACK,
     OLD_TAB,
     STATE_MISMATCH,
     STILL_WAITING,
     CallbackRefused,
     CallbackServer,
-    Events,
     LoginError,
     check_callback,
     code_from_callback,
@@ -83,14 +82,7 @@ def send_and_reset(uri: str, request: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "query",
-    [
-        "",
-        "hello=world",
-        f"state={STATE}",
-        f"state={STATE}&code=&error=",
-        f"state={STATE}&error_description=no",
-    ],
+    "query", ["", f"state={STATE}&code=&error=", f"state={STATE}&error_description=no"]
 )
 def test_without_a_code_or_an_error_nothing_is_the_callback(query: str) -> None:
     with pytest.raises(CallbackRefused, match="neither a code nor an error"):
@@ -103,14 +95,11 @@ def test_without_a_code_or_an_error_nothing_is_the_callback(query: str) -> None:
         "code=a",
         "error=a",
         "code=a&state=",
-        f"code=a&STATE={STATE}",
         f"code=a&state={STATE.upper()}",
         f"code=a&state={STATE[:-1]}",
         f"code=a&state={STATE}x",
         f"code=a&state=x{STATE}",
-        f"code=a&state=+{STATE}",
         f"code=a&state=ü{STATE}",
-        "code=a&state=%FF%FE",
     ],
 )
 def test_a_callback_with_another_state_is_refused(query: str) -> None:
@@ -131,9 +120,8 @@ def test_a_code_or_an_error_with_our_state_is_the_callback() -> None:
 
 
 def test_an_error_in_the_callback_is_told_with_advice() -> None:
-    callback = {"error": "access_denied", "error_description": "You said no."}
     with pytest.raises(LoginError) as refused:
-        code_from_callback(callback)
+        code_from_callback({"error": "access_denied", "error_description": "You said no."})
     assert refused.value.what == "The login failed: access_denied: You said no"
     assert refused.value.error == "access_denied"
     assert "start again and allow access" in refused.value.advice
@@ -141,50 +129,33 @@ def test_an_error_in_the_callback_is_told_with_advice() -> None:
 
 # --- How the callback server responds -------------------------------------------------------------
 
-# The path and the query of a request, its method, and the status of the response
-NO_CALLBACKS = [
-    (f"/?{QUERY}", "GET", 404),
-    (f"/oauth/?{QUERY}", "GET", 404),
-    (f"/OAUTH?{QUERY}", "GET", 404),
-    (f"/a/oauth?{QUERY}", "GET", 404),
-    ("/favicon.ico", "GET", 404),
-    (f"/oauth?{QUERY}", "HEAD", 501),
-    (f"/oauth?{QUERY}", "OPTIONS", 501),
-    (f"/oauth?{QUERY}", "POST", 501),
-    (f"/oauth ?{QUERY}", "GET", 400),
-    ("/oauth", "GET", 403),
-    ("/oauth?code=foreign&state=foreign", "GET", 403),
-]
-
-
-@pytest.mark.parametrize(("target", "method", "status"), NO_CALLBACKS)
-def test_other_requests_are_refused_and_are_not_the_callback(
-    uri: str, target: str, method: str, status: int
-) -> None:
-    with listen_for_callback(uri, STATE) as events:
-        page = send(uri, request_for(target, method))
-        assert page.startswith(f"HTTP/1.0 {status} ")
-        assert [header for header in ON_EVERY_PAGE if header not in page] == []
-        assert DONE not in page
-        assert status == 403 or events.empty()
-
 
 @pytest.mark.parametrize(
-    "result", ["code=a-code", "error=access_denied&error_description=You+said+no."]
+    "target", [f"/?{QUERY}", f"/oauth/?{QUERY}", f"/OAUTH?{QUERY}", f"/a/oauth?{QUERY}"]
 )
-def test_the_page_after_the_callback_is_true_whatever_follows(uri: str, result: str) -> None:
+def test_another_path_is_not_the_callback(uri: str, target: str) -> None:
+    with listen_for_callback(uri, STATE) as events:
+        page = send(uri, request_for(target))
+        assert events.empty()
+    assert page.startswith("HTTP/1.0 404 ")
+    assert page.endswith(f"<h1>This is not the redirect URI.</h1><p>{STILL_WAITING}</p>")
+
+
+def test_another_method_is_not_the_callback(uri: str) -> None:
+    with listen_for_callback(uri, STATE) as events:
+        page = send(uri, request_for(f"/oauth?{QUERY}", "POST"))
+        assert events.empty()
+    assert page.startswith("HTTP/1.0 501 ")
+    assert [header for header in ON_EVERY_PAGE if header not in page] == []
+
+
+def test_the_page_after_the_callback_is_true_whatever_follows(uri: str) -> None:
     with listen_for_callback(uri, STATE):
-        page = send(uri, request_for(f"/oauth?{result}&state={STATE}"))
+        page = send(uri, request_for(f"/oauth?error=access_denied&state={STATE}"))
     assert page.startswith("HTTP/1.0 200 ")
     assert "\nContent-Type: text/html; charset=utf-8\n" in page
     assert [header for header in ON_EVERY_PAGE if header not in page] == []
     assert page.endswith(f"<h1>{DONE}</h1><p>Go back to the terminal.</p>")
-
-
-def test_the_page_of_an_old_tab_leads_to_the_terminal(uri: str) -> None:
-    with listen_for_callback(uri, STATE):
-        page = send(uri, request_for("/oauth?code=a&state=foreign"))
-    assert page.endswith(f"<h1>{STATE_MISMATCH}</h1><p>{STILL_WAITING}</p>")
 
 
 def test_forged_callbacks_are_told_once_and_the_login_goes_on(
@@ -193,7 +164,9 @@ def test_forged_callbacks_are_told_once_and_the_login_goes_on(
     script = start(**sandbox.environment)
     callback = answer_login_page(script.url())
     for _ in range(3):
-        assert visit(callback.replace("state=", "state=x")).status_code == 403
+        page = visit(callback.replace("state=", "state=x"))
+        assert page.status_code == 403
+        assert page.text.endswith(f"<h1>{STATE_MISMATCH}</h1><p>{STILL_WAITING}</p>")
     assert DONE in visit(callback).text
     assert (script.status(), sandbox.exchanges) == (0, 1)
     assert script.stderr == f"{STATE_MISMATCH}\n{OLD_TAB}\n"
@@ -203,7 +176,6 @@ def test_forged_callbacks_are_told_once_and_the_login_goes_on(
 @pytest.mark.parametrize(
     ("at", "path", "addresses"),
     [
-        ("localhost:{}/oauth", "/oauth", {"127.0.0.1", "::1"}),
         ("LOCALHOST:{}", "/", {"127.0.0.1", "::1"}),
         ("127.0.0.1:{}/Login/Callback", "/Login/Callback", {"127.0.0.1"}),
         ("[::1]:{}/b~/", "/b~/", {"::1"}),
@@ -222,8 +194,9 @@ def test_each_loopback_host_is_served_at_its_addresses_and_no_others(
 
 
 def test_a_callback_from_a_proxy_counts(uri: str) -> None:
-    with listen_for_callback(uri, STATE) as events:
-        assert DONE in send(uri, request_for(f"{uri}?{QUERY}"))
+    root = uri.removesuffix("/oauth")
+    with listen_for_callback(root, STATE) as events:
+        assert DONE in send(uri, request_for(f"{root}?{QUERY}"))
         assert wait_for_callback(events, PATIENCE) == CALLBACK
 
 
@@ -232,7 +205,7 @@ def test_connections_that_break_or_stay_idle_do_not_delay_the_callback(
 ) -> None:
     whole = request_for(f"/oauth?{QUERY}")
     tls = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
-    with listen_for_callback(uri, STATE) as events, contextlib.ExitStack() as idle:
+    with contextlib.ExitStack() as idle, listen_for_callback(uri, STATE) as events:
         for beginning in [b"", b"G", whole[:-2], tls, request_for("/favicon.ico")]:
             send_and_reset(uri, beginning)
             idle.enter_context(connect(uri)).sendall(beginning)
@@ -315,10 +288,7 @@ def test_without_a_port_it_is_80() -> None:
     assert "another port, above 1023" in error.value.advice
 
 
-@pytest.mark.parametrize(
-    "uri",
-    ["https://localhost:8443/oauth", "https://app.example.com/oauth", "http://example.com/oauth"],
-)
+@pytest.mark.parametrize("uri", ["https://localhost:8443/oauth", "http://example.com/oauth"])
 def test_a_redirect_uri_that_only_a_web_server_can_serve_is_an_error(uri: str) -> None:
     with pytest.raises(LoginError) as error, listen_for_callback(uri, STATE):
         pass
@@ -326,17 +296,12 @@ def test_a_redirect_uri_that_only_a_web_server_can_serve_is_an_error(uri: str) -
     assert "Use http, not https" in error.value.advice
 
 
-def test_a_machine_without_the_address_of_ipv6_is_fine(
+def test_a_machine_without_ipv6_is_fine_unless_the_redirect_uri_needs_it(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(program.LOOPBACK, "localhost", ["127.0.0.1", "2001:db8::1"])
+    monkeypatch.setitem(LOOPBACK, "localhost", ["127.0.0.1", "2001:db8::1"])  # no machine's
     with listen_for_callback(uri, STATE):
         assert can_connect(uri)
-
-
-def test_a_system_without_ipv6_is_fine_unless_the_redirect_uri_needs_it(
-    uri: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setattr(socket, "AF_INET6", 999)  # which no system knows
     with listen_for_callback(uri, STATE):
         assert can_connect(uri)
@@ -346,14 +311,6 @@ def test_a_system_without_ipv6_is_fine_unless_the_redirect_uri_needs_it(
 
 
 # --- The wait -------------------------------------------------------------------------------------
-
-
-def test_each_text_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
-    events: Events = SimpleQueue()
-    for event in ("two\nlines", "another", "two\nlines", CALLBACK):
-        events.put(event)
-    assert wait_for_callback(events, PATIENCE) == CALLBACK
-    assert capsys.readouterr() == ("", "two\nlines\nanother\n")
 
 
 @pytest.mark.timeout(PATIENCE)

@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
-from odd_server import OddServer, Request, json_answer
+from odd_server import OddServer, Request
 from odd_server import log_in as log_in_at
 from sandbox import Sandbox
 from script import PATIENCE, SCRIPT, Script, answer_login_page, log_in, visit
@@ -26,37 +25,20 @@ Start = Callable[..., Script]
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no sh, pty and SIGINT")
 
-DEVELOPMENT = {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}
-
 
 def started_by(line: str, terminal: bool = False) -> tuple[str, ...]:
-    """Options of Python that let a line of shell start the script, which is "$@" in the line.
-
-    terminal: whether the shell runs in a terminal of its own
-    """
+    """Options of Python that let a line of shell start the script, which is "$@" in the line, in
+    this terminal or in one of its own."""
     run = "pty.spawn(command)" if terminal else "os.execvp('sh', command)"
     command = f"['sh', '-c', {line!r}, 'sh', sys.executable, *sys.argv[1:]]"
     return ("-c", f"import os, pty, sys; command = {command}; {run}")
 
 
-def watched(folder: Path, watcher: str) -> dict[str, str]:
-    """Return the environment that lets Python run a watcher before the script."""
-    (folder / "sitecustomize.py").write_text(watcher)
-    return {"PYTHONPATH": str(folder)}
-
-
 # --- Ctrl+C ---------------------------------------------------------------------------------------
 
 
-def expect_ctrl_c_to_end(script: Script) -> None:
-    """Press Ctrl+C as often as the impatient do: the script is ended by it, without a word."""
-    for _ in range(5):
-        script.interrupt()
-    assert (script.status(), script.stderr) == (-signal.SIGINT, "")
-
-
-def hanging_exchange(server: OddServer) -> threading.Event:
-    """Let the exchange of the code hang, and return the event that it has begun."""
+@posix
+def test_ctrl_c_ends_a_request_that_hangs(server: OddServer, start: Start) -> None:
     begun = threading.Event()
 
     def hang(request: Request) -> bytes:
@@ -65,74 +47,36 @@ def hanging_exchange(server: OddServer) -> threading.Event:
         return b""
 
     server.answer_at("code for tokens", hang)
-    return begun
-
-
-@posix
-def test_ctrl_c_ends_the_wait_though_a_browser_is_connected(sandbox: Sandbox, start: Start) -> None:
-    script = start(**sandbox.environment)
-    script.until("3. Callback")
-    uri = sandbox.environment["REDIRECT_URI"]
-    with socket.create_connection(("127.0.0.1", urlsplit(uri).port or 0)) as connection:
-        connection.sendall(b"GET /oauth")
-        visit(f"{uri}/favicon.ico")  # now the script has accepted the first connection, too
-        expect_ctrl_c_to_end(script)
-
-
-@posix
-def test_ctrl_c_ends_a_request_that_hangs(server: OddServer, start: Start) -> None:
-    request = hanging_exchange(server)
     script = start(**server.environment)
     log_in_at(script, server)
-    assert request.wait(PATIENCE)
-    expect_ctrl_c_to_end(script)
+    assert begun.wait(PATIENCE)
+    for _ in range(5):  # as the impatient do
+        script.interrupt()
+    assert (script.status(), script.stderr) == (-signal.SIGINT, "")
 
 
-# Starts a command as the first process of a container.
-UNSHARE = "unshare --map-root-user --pid --fork"
-
-
-def can_start_containers() -> bool:
-    if not shutil.which("unshare"):
-        return False
-    result = subprocess.run([*UNSHARE.split(), "true"], capture_output=True)
-    return result.returncode == 0
-
-
-container = pytest.mark.skipif(
-    not can_start_containers(), reason=f"this machine allows no containers: see {UNSHARE} true"
-)
-AS_PROCESS_1 = started_by(f'exec {UNSHARE} "$@"')
-
-
-def expect_ctrl_c_to_end_process_1(script: Script) -> None:
+def test_ctrl_c_ends_process_1_of_a_container(
+    sandbox: Sandbox, environment: dict[str, str]
+) -> None:
     """Press Ctrl+C again and again, in the terminal that the container runs in."""
-    deadline = time.monotonic() + PATIENCE
-    while script.process.poll() is None:
-        assert time.monotonic() < deadline
-        os.killpg(script.process.pid, signal.SIGINT)
-        time.sleep(0.1)
-    assert (script.status(), script.stderr) == (130, "")
-
-
-@container
-def test_ctrl_c_ends_the_wait_of_process_1(sandbox: Sandbox, start: Start) -> None:
-    script = start(python=AS_PROCESS_1, session=True, **sandbox.environment)
-    script.until("3. Callback")
-    expect_ctrl_c_to_end_process_1(script)
-
-
-@container
-def test_ctrl_c_ends_a_request_of_process_1_that_hangs(server: OddServer, start: Start) -> None:
-    request = hanging_exchange(server)
-    script = start(python=AS_PROCESS_1, session=True, **server.environment)
-    log_in_at(script, server)
-    assert request.wait(PATIENCE)
-    expect_ctrl_c_to_end_process_1(script)
+    container = "unshare --map-root-user --pid --fork"
+    if not shutil.which("unshare") or subprocess.call([*container.split(), "true"]):
+        pytest.skip(f"this machine allows no containers: see {container} true")
+    variables = {**environment, **sandbox.environment}
+    python = started_by(f'exec {container} "$@"')
+    with Script("--no-browser", environment=variables, python=python, session=True) as script:
+        script.until("3. Callback")
+        deadline = time.monotonic() + PATIENCE
+        while script.process.poll() is None:
+            assert time.monotonic() < deadline
+            os.killpg(script.process.pid, signal.SIGINT)
+            time.sleep(0.1)
+        assert (script.status(), script.stderr) == (130, "")
 
 
 NOTEBOOK = """
 import runpy, signal, sys
+del sys.argv[0]
 before = signal.getsignal(signal.SIGINT)
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -143,8 +87,7 @@ print("Ctrl+C", "as before" if signal.getsignal(signal.SIGINT) is before else "c
 
 
 def test_a_notebook_outlives_a_login_that_fails(sandbox: Sandbox, start: Start) -> None:
-    in_a_notebook = ("-c", f"import sys; del sys.argv[0]\n{NOTEBOOK}")
-    script = start("--timeout=0.1", python=in_a_notebook, **sandbox.environment)
+    script = start("--timeout=0.1", python=("-c", NOTEBOOK), **sandbox.environment)
     assert script.status() == 0
     assert script.stdout.endswith("\nstatus 1\nCtrl+C as before\n")
 
@@ -183,7 +126,8 @@ def browser(environment: dict[str, str], sandbox: Sandbox) -> Browser:
 
 
 def test_a_browser_that_blocks_and_makes_noise_changes_nothing(browser: Browser) -> None:
-    with Script(environment={**browser.environment, **DEVELOPMENT}) as script, browser:
+    strict = {"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "error"}
+    with Script(environment={**browser.environment, **strict}) as script, browser:
         assert browser.opened_url() == script.url()
         log_in(script)
         assert (script.status(), script.stderr) == (0, "")
@@ -245,68 +189,20 @@ def test_no_text_browser_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # Python tells an audit hook when it starts a process.
 TELL_OF_PROCESSES = """
 import sys
-
-def tell(event, details):
-    if event == "subprocess.Popen":
-        print(f"<{event}>", flush=True)
-
-sys.addaudithook(tell)
+sys.addaudithook(lambda event, _: print(event) if event == "subprocess.Popen" else None)
 """
 
 
-def test_the_authorize_url_is_printed_before_the_browser_takes_its_time(
-    browser: Browser, tmp_path: Path
+@pytest.mark.parametrize(("option", "processes"), [("--timeout=300", 1), ("--no-browser", 0)])
+def test_a_browser_opens_unless_it_is_not_wanted(
+    browser: Browser, tmp_path: Path, option: str, processes: int
 ) -> None:
-    environment = {**browser.environment, **watched(tmp_path, TELL_OF_PROCESSES)}
-    with Script(environment=environment) as script, browser:
-        script.until("<subprocess.Popen>")
-        before, _, _ = script.stdout.partition("<subprocess.Popen>")
-        assert f"\n{script.url()}\n" in before
-
-
-def test_no_browser_opens_if_it_is_not_wanted(
-    sandbox: Sandbox, start: Start, tmp_path: Path
-) -> None:
-    script = start("--no-browser", **sandbox.environment, **watched(tmp_path, TELL_OF_PROCESSES))
-    log_in(script)
-    assert script.status() == 0
-    assert "<subprocess.Popen>" not in script.stdout
-
-
-# --- Who prints -----------------------------------------------------------------------------------
-
-ONLY_THE_MAIN_THREAD_PRINTS = """
-import builtins, os, threading
-real = builtins.print
-
-def print(*words, **options):
-    if threading.current_thread() is not threading.main_thread():
-        os.write(2, b"printed by another thread\\n")
-    real(*words, **options)
-
-builtins.print = print
-"""
-
-
-def test_only_the_main_thread_prints_and_nothing_about_later_lines(
-    server: OddServer, start: Start, tmp_path: Path
-) -> None:
-    def type_in(_: Request) -> bytes:
-        script.type("hello\n\n")
-        return json_answer({"it is": "typed"})
-
-    server.answer_at("code for tokens", type_in)
-    script = start(**server.environment, **watched(tmp_path, ONLY_THE_MAIN_THREAD_PRINTS))
-    visit(f"{server.environment['REDIRECT_URI']}?code=a&state=foreign-{script.state()}")
-    script.until("old browser tab")
-    script.type("hello\n")
-    script.until("Any other error")
-    before = script.stderr
-    log_in_at(script, server)
-    assert script.status() == 1
-    assert '"it is": "typed"' in script.stdout
-    assert "another thread" not in script.stderr
-    assert script.stderr.removeprefix(before).startswith("Error: ")
+    (tmp_path / "sitecustomize.py").write_text(TELL_OF_PROCESSES)
+    environment = {**browser.environment, "PYTHONPATH": str(tmp_path)}
+    with Script(option, environment=environment) as script, browser:
+        log_in(script)
+        assert script.status() == 0
+        assert script.stdout.count("subprocess.Popen") == processes
 
 
 # --- Where the output goes ------------------------------------------------------------------------
@@ -326,8 +222,8 @@ def test_a_broken_pipe_is_a_quiet_end(sandbox: Sandbox, environment: dict[str, s
 @posix
 @pytest.mark.parametrize(
     "streams",
-    ["<&-", "<&- >&- 2>&-", "0>/dev/null"],
-    ids=["stdin closed", "all closed", "stdin for writing, as with nohup"],
+    ["</dev/null", "<&-", "<&- >&- 2>&-", "0>/dev/null"],
+    ids=["no input", "stdin closed", "all closed", "stdin for writing, as with nohup"],
 )
 def test_streams_that_are_closed_do_not_prevent_a_login(browser: Browser, streams: str) -> None:
     shell = started_by(f'exec "$@" {streams}')
@@ -340,17 +236,3 @@ def test_a_terminal_without_utf_8_gets_escapes(sandbox: Sandbox, start: Start) -
     script = start(**sandbox.environment, PYTHONIOENCODING="ascii")
     log_in(script)
     script.until(r"M\xfcller")
-
-
-def test_a_login_among_strays_causes_no_warning(sandbox: Sandbox, start: Start) -> None:
-    """Without assertions (-OO), a wrong state is refused, too."""
-    script = start(python=("-OO",), **sandbox.environment, **DEVELOPMENT)
-    callback = answer_login_page(script.url())
-    address = ("127.0.0.1", urlsplit(callback).port or 0)
-    with ExitStack() as connections:
-        for sent in (b"", b"GET /oauth", b"GET / HTTP/1.1\r\n\r\n") * 5:
-            connections.enter_context(socket.create_connection(address)).sendall(sent)
-        assert visit(callback.replace("state=", "state=foreign")).status_code == 403
-        visit(callback)
-        assert (script.status(), sandbox.exchanges) == (0, 1)
-    assert script.stderr.count("\n") == 2  # about the wrong state
