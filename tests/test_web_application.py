@@ -451,9 +451,9 @@ def test_many_requests_that_hang_stop_nobody(server: OddServer, serve: Serve) ->
 
     server.answers["/token"] = [hang]
     with ThreadPoolExecutor(hanging) as threads:
-        for _ in range(hanging):
-            threads.submit(log_in_with, new_session(), home)
+        logins = [threads.submit(log_in_with, new_session(), home) for _ in range(hanging)]
         all_hang.wait(PATIENCE)
+        assert not any(login.done() for login in logins)  # none has been given up for another
         assert "Welcome" in new_session().get(home, timeout=PATIENCE).text
         go_on.set()
 
