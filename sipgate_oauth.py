@@ -767,7 +767,7 @@ def main() -> None:
     # Ctrl+C ends the program at once, whatever it is waiting for. A program that stores tokens must
     # not do this, because it could end between a refresh and storing the tokens.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if os.getpid() == 1:  # The first process of a container ignores SIG_DFL.
+    if os.getpid() == 1:  # For the first process of a container, Linux ignores SIG_DFL.
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without Unicode
