@@ -786,9 +786,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Log in to sipgate with OAuth 2.0.")
     parser.add_argument("--config", type=Path, default=config, help="values (default: %(default)s)")
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
-    parser.add_argument(
-        "--timeout", type=float, default=300, help="seconds to wait (default: %(default)s)"
-    )
+    parser.add_argument("--timeout", type=float, default=300, help="seconds (default: %(default)s)")
     parser.add_argument("--show-tokens", action="store_true", help="print tokens in full")
     options = parser.parse_args()
     if not 0 < options.timeout <= 86400:
