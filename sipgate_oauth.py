@@ -87,7 +87,7 @@ def log_in(options: argparse.Namespace) -> None:
     show_request("Browser", "GET", config["REDIRECT_URI"], parameters)
     code = code_from_callback(parameters)
 
-    # Steps 4 to 6 accept any requests.Session. This one also prints all, and so shows the account.
+    # Steps 4 to 6 accept any requests.Session. This one prints everything, also the account.
     with PrintingSession(options.show_tokens) as session:
         say("4. Tokens: the code is exchanged for an access token and a refresh token.")
         tokens = exchange_code(session, config, code, code_verifier)
@@ -188,8 +188,8 @@ def check_callback(query: str, state: str) -> dict[str, str]:
 
     # An attacker's web page can send your browser here with a code from the attacker's own login.
     # You would then work in their account without knowing it, and they could read what you leave
-    # there. But no web page knows our state (RFC 6749, section 10.12). compare_digest takes equally
-    # long for every guess, so its timing reveals nothing. It accepts non-ASCII text only as bytes.
+    # there. But no web page knows our state (RFC 6749, section 10.12). The timing of compare_digest
+    # reveals nothing about the value. It accepts non-ASCII text only as bytes.
     received = parameters.get("state", "")
     if not state or not secrets.compare_digest(received.encode(), state.encode()):
         raise CallbackRefused(STATE_MISMATCH)
@@ -259,7 +259,7 @@ def get_account(session: requests.Session, config: Config, access_token: str) ->
 def refresh_tokens(session: requests.Session, config: Config, tokens: Tokens) -> Tokens:
     """Exchange the refresh token for new tokens, without the user (RFC 6749, section 6).
 
-    An access token soon expires, in case it is stolen. A refresh token goes only to TOKEN_URL.
+    An access token soon expires, in case it is stolen. A refresh token never goes to the API.
     tokens: the latest response of the token endpoint
     Raises LoginError. If its `error` is "invalid_grant", the user has to log in again.
     """
@@ -322,8 +322,8 @@ ADVICE = {
 account, that is account:read.""",
     "invalid_client": CHECK_CLIENT,
     "invalid_grant": "The code or refresh token is wrong, expired, or already used. Start again.",
-    "invalid_scope": """Separate the scopes in OAUTH_SCOPE with spaces. It must contain only scopes
-that the server knows and all that it requires.""",
+    "invalid_scope": """Separate the scopes in OAUTH_SCOPE with spaces. List all that the server
+requires and none that it does not know.""",
     "invalid_token": "The access token is expired, revoked, or not for this API. Start again.",
     "unauthorized_client": CHECK_CLIENT,
 }
@@ -348,7 +348,7 @@ BROWSER_ERRORS = """If the browser shows an error:
 
 # --- What is wrong with a configuration -----------------------------------------------------------
 
-# The loopback addresses of each host. localhost has two, and a browser may use either. So RFC 8252,
+# The loopback addresses of each host. localhost has two, and a browser may use either. RFC 8252,
 # section 8.3, advises against localhost: use 127.0.0.1 if you can register it.
 LOOPBACK = {"localhost": ["127.0.0.1", "::1"], "127.0.0.1": ["127.0.0.1"], "::1": ["::1"]}
 QUOTATION_MARKS = "\"'“”„‘’‚«»"
@@ -358,7 +358,7 @@ REALM = "(?<=/realms/)[^/]+|(?<=:)(?:sipgate-apps|third-party)$"
 
 
 def problems_with(config: Mapping[str, str | None]) -> list[str]:
-    """Return what is wrong with the values: one text for each key, or one about the realms."""
+    """Return what is wrong with the values: one text per wrong key, or one about the realms."""
     texts = {key: problem_with(key, value) for key, value in config.items()}
     problems = [f"{key} {text}" for key, text in texts.items() if text]
     named = [config[key] or "" for key in config if key != "CLIENT_SECRET"]
@@ -417,7 +417,7 @@ def request_json(
             method,
             url,
             data=form,
-            # Without Accept, some servers respond with a form instead of JSON.
+            # Without Accept, some servers respond with form data, not JSON.
             headers={"Accept": "application/json", **headers},
             # Without auth, requests would replace our header with a password from ~/.netrc.
             auth=lambda request: request,
@@ -614,7 +614,7 @@ class CallbackHandler(BaseHTTPRequestHandler):
         self.wfile.write(page.encode())
 
     def end_headers(self) -> None:
-        """Keep pages (also those of the base class) from loading anything, from being cached and
+        """Keep pages (also those of the base class) from loading anything, from being cached, and
         from revealing their URL, which contains the code."""
         self.send_header("Content-Security-Policy", "default-src 'none'")
         self.send_header("Cache-Control", "no-store")
@@ -765,7 +765,7 @@ def say(*lines: str, file: TextIO | None = None) -> None:
 def main() -> None:
     """Run the program. Raises SystemExit if the login fails."""
     # Ctrl+C ends the program at once, whatever it is waiting for. A program that stores tokens must
-    # not do this, because it could end between a refresh and storing the tokens.
+    # not do this, because it could end between refresh and storage.
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.getpid() == 1:  # For the first process of a container, Linux ignores SIG_DFL.
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))

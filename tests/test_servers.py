@@ -272,7 +272,7 @@ NO_SCOPE = "insufficient_scope"
         ("401 A", b'{"error": "invalid_client"}', "invalid_client", "Check CLIENT_ID and CLIENT_S"),
         ("400 B", b'{"error": "unauthorized_client"}', "unauthorized_client", "grant is enabled"),
         ("400 B", b'{"error": "invalid_grant"}', "invalid_grant", "or already used. Start again"),
-        ("400 B", b'{"error": "invalid_scope"}', "invalid_scope", "and all that it requires"),
+        ("400 B", b'{"error": "invalid_scope"}', "invalid_scope", "List all that the server"),
     ],
 )
 def test_an_unusable_response_is_an_error_with_advice(

@@ -37,10 +37,10 @@ import sipgate_oauth as oauth  # noqa: E402
 
 LOGIN_LIFETIME = 600  # seconds from clicking "Log in" to the callback
 # Anybody can begin logins, and each takes memory. Whoever begins this many makes all others fail:
-# in production, limit their rate.
+# in production, limit the rate.
 MAX_LOGINS = 10_000
 REFRESH_EARLY = 30  # seconds before an access token expires
-# A request that waits for sipgate, or for another one's refresh, occupies a thread. In production,
+# A request that waits for sipgate or another request's refresh occupies a thread. In production,
 # a proxy must limit waiting requests and idle connections (waitress takes 100).
 THREADS = 50
 # The errors that a new login can fix. (Keycloak sends the last one if its login page has expired.)
@@ -87,7 +87,7 @@ class User:
     def access_token(self, refused: str = "") -> str:
         """Return an access token. refused: one that the API has refused. Raises LoginError."""
         # A refresh token may work only once, and a careful server takes a second use for theft. So
-        # the first request refreshes while this user's others wait, and then they use the result.
+        # the first request refreshes. This user's other requests wait and then use the result.
         with self.lock:
             if self.has_ended:
                 raise oauth.LoginError("The login has ended", "Log in again.", "invalid_grant")
@@ -132,7 +132,7 @@ class User:
             with requests.Session() as session:
                 oauth.request_json(session, "POST", url, form=form)
         except oauth.LoginError as error:
-            # Here, the user is logged out in any case. A real application says if sipgate refuses.
+            # The user is logged out anyway. A real application tells them if sipgate refuses.
             report(error)
 
 
@@ -152,7 +152,7 @@ def create_app(config: oauth.Config) -> Flask:
         raise oauth.LoginError(what, "Use a path like /oauth, but neither /login nor /logout.")
     app = Flask(__name__, static_folder=None)
 
-    # Cookies contain only the keys, which are random ids. A real application keeps both in a
+    # Cookies contain only the keys of these two, random ids. A real application keeps both in a
     # database, encrypts the tokens, and lets sessions expire.
     logins: OrderedDict[str, Login] = OrderedDict()  # the oldest first
     users: dict[str, User] = {}
@@ -218,7 +218,7 @@ def create_app(config: oauth.Config) -> Flask:
         with requests.Session() as session:
             tokens = oauth.exchange_code(session, config, code, login.code_verifier)
         # A new id for each login: an attacker may have planted the old one (session fixation). Do
-        # not log the old one out at sipgate, where both may be one session.
+        # not end the old login at sipgate, where both may be one session.
         users.pop(request.cookies.get(user_cookie, ""), None)
         user_id = secrets.token_urlsafe(32)
         users[user_id] = User(config, tokens)
