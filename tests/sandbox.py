@@ -286,7 +286,7 @@ class RequiredS256(rfc7636.CodeChallenge):
         if not UNRESERVED.fullmatch(code_verifier):
             g.reason = "code_verifier is wrong: it should be 43 to 128 letters, digits, or -._~"
             raise rfc6749.InvalidGrantError("PKCE verification failed: Invalid code verifier")
-        if code_challenge != rfc7636.create_s256_code_challenge(code_verifier):  # type: ignore[no-untyped-call] # as above
+        if code_challenge != rfc7636.create_s256_code_challenge(code_verifier):  # type: ignore[no-untyped-call] # untyped in the stubs of Authlib
             raise rfc6749.InvalidGrantError("PKCE verification failed: Code mismatch")
 
 

@@ -95,8 +95,8 @@ def test_clone_and_first_command_end_with_a_login(tmp_path: Path) -> None:
     folder = Path(cloned.stdout.splitlines()[-1])
     browser = shlex.join([sys.executable, "-c", BROWSER, "%s"])
     ended = shell(FOR_THE_SANDBOX, folder, BROWSER=browser)
-    if "No matching distribution found" in ended.stderr:
-        pytest.skip("no network: pip finds no packages")
+    if "connection broken by" in ended.stderr:
+        pytest.skip("no network: pip cannot connect to its index")
     assert ended.returncode == 0, ended.stderr
     assert "\nDone: " in ended.stdout
 
